@@ -1,0 +1,3 @@
+"""caltech-hpo: hyperparameter search for image classifiers."""
+
+__version__ = "0.1.0"

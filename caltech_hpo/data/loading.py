@@ -1,0 +1,87 @@
+"""From a data folder to decoded splits. The test split has a function and a type of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache
+from caltech_hpo.data.dataset import DatasetIndex, Sample
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """Training and validation images as cache files (picklable, opened where they are used).
+
+    `fingerprint` names the data set (and the subset, for a smoke run).
+    """
+
+    classes: tuple[str, ...]
+    fingerprint: str
+    training_cache: Path
+    validation_cache: Path
+
+    def open_training(self) -> LabeledImages:
+        """The training images, memory-mapped."""
+        return open_cache(self.training_cache)
+
+    def open_validation(self) -> LabeledImages:
+        """The validation images, memory-mapped."""
+        return open_cache(self.validation_cache)
+
+
+@dataclass(frozen=True)
+class TestData:
+    """The test images. Only results/final.py may load them (tests/test_layers.py holds it to that)."""
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    classes: tuple[str, ...]
+    fingerprint: str
+    test_cache: Path
+
+    def open_test(self) -> LabeledImages:
+        """The test images, memory-mapped."""
+        return open_cache(self.test_cache)
+
+
+def load_search_data(
+    index: DatasetIndex, resize: int, cache: Path, *, skip_unreadable: bool = False,
+    subset: int | None = None, progress: Progress | None = None,
+) -> SearchData:  # fmt: skip
+    """Decodes the training and validation images into the cache (once) and returns where they are.
+
+    `subset` keeps about that many evenly spaced images of each split, for a smoke run. Raises
+    UnreadableImagesError and DataError as `build_cache` does.
+    """
+    parts = {"training": index.training, "validation": index.validation}
+    fingerprint = index.fingerprint
+    if subset is not None:
+        parts = {name: thin(samples, subset) for name, samples in parts.items()}
+        fingerprint = f"{fingerprint}-smoke{subset}"
+    caches = {
+        name: build_cache(
+            index.root, samples, resize, cache, label=name,
+            skip_unreadable=skip_unreadable, progress=progress,
+        )
+        for name, samples in parts.items()
+    }  # fmt: skip
+    return SearchData(index.classes, fingerprint, caches["training"], caches["validation"])
+
+
+def thin(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
+    """About `count` samples, evenly spaced; all of them when there are fewer."""
+    return tuple(samples[:: max(1, len(samples) // count)])
+
+
+def load_test_data(
+    index: DatasetIndex, resize: int, cache: Path, *, skip_unreadable: bool = False,
+    progress: Progress | None = None,
+) -> TestData:  # fmt: skip
+    """Decodes the test images into a cache file of their own and returns where it is."""
+    path = build_cache(
+        index.root, index.test, resize, cache, label="test",
+        skip_unreadable=skip_unreadable, progress=progress,
+    )  # fmt: skip
+    return TestData(index.classes, index.fingerprint, path)

@@ -1,0 +1,1 @@
+"""Trials to answers: final models, reports, the dashboard."""

@@ -1,0 +1,1 @@
+"""Epochs to trials: the only room that asks, reports, prunes and tells."""

@@ -1,0 +1,87 @@
+"""What crosses between supervisor and worker: a job one way, events the other. All picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from caltech_hpo.data.loading import SearchData
+from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.spec import EpochResult, Precision, Recipe
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker opens once. `threads` limits torch's CPU threads (None: torch decides).
+
+    The study's `architecture` and `weights` are read before the first trial, so that a missing or
+    unsuitable file is refused at once.
+    """
+
+    data: SearchData
+    device: str
+    threads: int | None
+    architecture: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. `keep` is where the best epoch's weights go (None: nowhere)."""
+
+    number: int
+    recipe: Recipe
+    keep: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has opened data, device and weights. `precision` is what "auto" means there."""
+
+    device: str
+    precision: Precision
+    versions: dict[str, str]
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A worker cannot start: the error to show."""
+
+    error: CaltechHpoError
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An epoch of a job; the worker waits for `answer`."""
+
+    job: int
+    result: EpochResult
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job ended by itself or because it was told to stop."""
+
+    job: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A job ended without a result. "bug" carries a traceback in `message`."""
+
+    job: int
+    kind: Literal["out of memory", "refused", "bug"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Died:
+    """The worker process of a job ended; `exit_code` is negative for a signal."""
+
+    job: int
+    exit_code: int
+
+
+Event = EpochDone | Finished | Failed | Died

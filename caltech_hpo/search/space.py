@@ -1,0 +1,52 @@
+"""A study's space and a trial to a recipe: the only suggest_* calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.spec import Choices, IntRange, Precision, Recipe, StudySpec
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a recipe needs besides the study's values: where it will run and on which data."""
+
+    classes: int
+    data: str
+    seed: int
+    precision: Precision
+    weights_sha256: str = ""
+
+
+def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, Any]:
+    """Draws a value for each dimension of the space, in the file's order."""
+    params: dict[str, Any] = {}
+    for name, dimension in spec.space.items():
+        if isinstance(dimension, Choices):
+            params[name] = trial.suggest_categorical(name, dimension.choices)
+        elif isinstance(dimension, IntRange):
+            params[name] = trial.suggest_int(name, dimension.low, dimension.high, step=dimension.step)
+        else:
+            params[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+    return params
+
+
+def recipe_for(spec: StudySpec, params: dict[str, Any], binding: Binding) -> Recipe:
+    """The recipe of one trial. Raises pydantic's ValidationError for values that no recipe may have."""
+    fixed = spec.recipe.model_dump()
+    precision = binding.precision if spec.recipe.precision == "auto" else spec.recipe.precision
+    return Recipe.model_validate(
+        {
+            **fixed,
+            **params,
+            "precision": precision,
+            "classes": binding.classes,
+            "data": binding.data,
+            "seed": binding.seed,
+            "weights_sha256": binding.weights_sha256,
+        }
+    )

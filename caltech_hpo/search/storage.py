@@ -1,0 +1,233 @@
+"""The study database: open or refuse, create or continue a study, one supervisor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.errors import StorageError, UsageError
+from caltech_hpo.spec import StudySpec
+
+if TYPE_CHECKING:
+    import optuna
+
+SPEC_ATTR, SPEC_HASH_ATTR, DATA_ATTR = "spec", "spec_hash", "data"
+METRIC = "validation top-1 accuracy"
+BUSY_TIMEOUT = 60  # seconds that SQLite waits for another writer
+
+
+def default_url(home: Path) -> str:
+    """The SQLite database in the home."""
+    return f"sqlite:///{(home / 'studies.db').absolute()}"
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for another database, or for one in memory."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StorageError(
+            "--storage is not a database URL", "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+        ) from error
+    if not parsed.drivername.startswith("sqlite") or not parsed.database or parsed.database == ":memory:":
+        return None
+    return Path(parsed.database)
+
+
+def exists(url: str) -> bool:
+    """Whether there is a database to read; for a server, opening it will tell."""
+    path = sqlite_path(url)
+    return path is None or path.exists()
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """Opens (or creates) the database. Raises StorageError for anything that is no Optuna database."""
+    path = sqlite_path(url)
+    if path is not None:
+        check_sqlite(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{path.parent}: {error.strerror}", "give a writable --home or --storage") from error
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if path is not None:
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT}
+    fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error)}", fix) from error
+    except RuntimeError as error:  # Optuna's word for a schema of another version
+        raise StorageError(
+            f"{shown(url)}: {_first_line(error)}", "back the file up, then run 'optuna storage upgrade'"
+        ) from error
+    except ImportError as error:
+        raise StorageError(f"{shown(url)}: {error}", "pip install the database's driver") from error
+
+
+def shown(url: str) -> str:
+    """The URL without its password; a SQLite file by its path."""
+    from sqlalchemy.engine import make_url
+
+    path = sqlite_path(url)
+    return str(path) if path is not None else make_url(url).render_as_string(hide_password=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error.__cause__ or error).splitlines()[0]
+
+
+def check_sqlite(path: Path) -> None:
+    """Refuses an existing file that is empty, no SQLite database, or another program's.
+
+    SQLite would silently turn an empty file into a new database, and a truncated one with it.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise StorageError(f"{path}: is not a file", "give --storage the path of a database file")
+    if path.stat().st_size == 0:
+        raise StorageError(
+            f"{path}: is empty (0 bytes), not a database",
+            "restore it from a backup, or remove it to start with no studies",
+        )
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+    except sqlite3.DatabaseError as error:
+        raise StorageError(
+            f"{path}: is no usable SQLite database: {error}",
+            "restore it from a backup, check its permissions, or give another --storage",
+        ) from error
+    if tables and "studies" not in tables:
+        raise StorageError(f"{path}: belongs to another program (it has no studies table)", "give another --storage")
+
+
+@contextlib.contextmanager
+def study_lock(folder: Path, study_name: str) -> Iterator[None]:
+    """Held by the one supervisor of a study; the system releases it when the process ends, however.
+
+    Raises StorageError if another search holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{study_name}.lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise StorageError(
+            f"another search on study '{study_name}' is running (it holds {folder / study_name}.lock)",
+            "wait for it, or stop it with Ctrl-C; a second search on one study adds nothing",
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}", "give a writable --home") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_study(storage: optuna.storages.RDBStorage, name: str) -> optuna.Study | None:
+    """The stored study, or None."""
+    import optuna
+
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return None
+
+
+def open_study(
+    storage: optuna.storages.RDBStorage, name: str, spec: StudySpec, data: str, *,
+    sampler_seed: int, allow_changed: bool,
+) -> optuna.Study:  # fmt: skip
+    """Creates the study, or continues it after checking that spec and data are those it was made with.
+
+    Raises UsageError showing what changed, unless `allow_changed`; changed choices are refused all
+    the same, since Optuna cannot mix them in one study.
+    """
+    import optuna
+
+    from caltech_hpo.search.pruning import make_pruner, make_sampler
+
+    study = find_study(storage, name)
+    if study is not None:
+        check_unchanged(study, name, spec, data, allow_changed=allow_changed)
+    so_far = 0 if study is None else len(study.get_trials(deepcopy=False))
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction="maximize", load_if_exists=True,
+        sampler=make_sampler(spec, sampler_seed, so_far), pruner=make_pruner(spec),
+    )  # fmt: skip
+    if study.user_attrs.get(SPEC_HASH_ATTR) != spec.hash or study.user_attrs.get(DATA_ATTR) != data:
+        study.set_metric_names([METRIC])
+        study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
+        study.set_user_attr(DATA_ATTR, data)
+        study.set_user_attr(SPEC_HASH_ATTR, spec.hash)
+    return study
+
+
+def check_unchanged(
+    study: optuna.Study, name: str, spec: StudySpec, data: str | None, *, allow_changed: bool
+) -> None:
+    """Raises UsageError if the stored study was made with another spec, or on other data (None: not checked)."""
+    stored_json = study.user_attrs.get(SPEC_ATTR)
+    if stored_json is None:
+        if study.get_trials(deepcopy=False):
+            raise UsageError(f"study '{name}' was not made by caltech-hpo", f"use --study {name}@2")
+        return
+    stored = flatten(json.loads(stored_json))
+    current = flatten(json.loads(spec.model_dump_json()))
+    changes = [
+        f"  {key}: {stored.get(key, 'absent')} -> {current.get(key, 'absent')}"
+        for key in sorted(stored.keys() | current.keys())
+        if stored.get(key) != current.get(key) and key not in ("name", "about")
+    ]
+    if data is not None and study.user_attrs.get(DATA_ATTR, data) != data:
+        changes.append(f"  data set: {study.user_attrs[DATA_ATTR]} -> {data} (other images, classes or split)")
+    if not changes:
+        return
+    listing = "\n".join(changes)
+    base = name.split("@")[0]
+    fresh = f"--study {base}@{next_number(study, name)}"
+    if allow_changed and any(".choices" in line for line in changes):
+        raise UsageError(
+            f"study '{name}' has stored trials with other choices, which cannot be mixed:\n{listing}",
+            f"start a new study: {fresh}",
+        )
+    if not allow_changed:
+        raise UsageError(
+            f"study '{name}' was made with another specification or other data:\n{listing}",
+            f"start a new study: {fresh}; or mix the trials knowingly: --allow-changed",
+        )
+
+
+def next_number(study: optuna.Study, name: str) -> int:
+    """The K of the next "NAME@K"."""
+    number = name.partition("@")[2]
+    return int(number) + 1 if number.isdigit() else 2
+
+
+def flatten(document: Any, prefix: str = "") -> dict[str, str]:
+    """A nested document as {"a.b[0]": "value"}; lists of plain values stay whole."""
+    if isinstance(document, dict):
+        items = [(f"{prefix}.{key}" if prefix else key, value) for key, value in document.items()]
+    elif isinstance(document, list) and any(isinstance(value, (dict, list)) for value in document):
+        items = [(f"{prefix}[{i}]", value) for i, value in enumerate(document)]
+    else:
+        return {prefix: json.dumps(document)}
+    return {key: text for name, value in items for key, text in flatten(value, name).items()}

@@ -1,0 +1,226 @@
+"""Reads study files: TOML to `StudySpec`, with every error of a file reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from caltech_hpo.errors import SpecError, UsageError
+from caltech_hpo.spec import (
+    FIELD_CHECKS,
+    SEARCHABLE,
+    Baseline,
+    Choices,
+    Dimension,
+    Hyperparameters,
+    PrunerSpec,
+    SamplerSpec,
+    StudySpec,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
+SECTIONS = ("data", "recipe", "space", "sampler", "pruner", "baselines")
+
+
+def study_folders() -> list[Path]:
+    """The folders that hold study files; a later one wins by name."""
+    package = Path(__file__).parent
+    built_in = package / "studies"
+    if not built_in.is_dir():  # a source checkout keeps them beside the package
+        built_in = package.parent / "studies"
+    return [built_in, Path("studies")]
+
+
+def study_files() -> dict[str, Path]:
+    """Study name to file, built-in ones first, `./studies` over them; sorted by name."""
+    found = {path.stem: path for folder in study_folders() for path in folder.glob("*.toml")}
+    return dict(sorted(found.items()))
+
+
+def base_name(study_name: str) -> str:
+    """The name of the study file behind a stored study: "alexnet-scratch@2" -> "alexnet-scratch"."""
+    return study_name.split("@", 1)[0]
+
+
+def load_study(name: str) -> StudySpec:
+    """Reads the study file behind `name` ("NAME" or "NAME@2").
+
+    Raises UsageError for an unknown name (suggesting the nearest), SpecError for a faulty file.
+    """
+    if not STUDY_NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' is no study name",
+            "use letters, digits, '.', '_', '@' and '-', at most 100, beginning with a letter or digit",
+        )
+    files = study_files()
+    path = files.get(name) or files.get(base_name(name))
+    if path is None:
+        near = difflib.get_close_matches(base_name(name), files, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UsageError(
+            f"there is no study '{name}'", f"{hint}'caltech-hpo studies' lists them; yours go into ./studies"
+        )
+    return read_study(path)
+
+
+def read_study(path: Path) -> StudySpec:
+    """Parses one study file. Raises SpecError naming the file and every faulty key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not valid TOML: {error}", "mend that line; see https://toml.io") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}", "check the file and its permissions") from error
+    return parse_study(document, name=path.stem, about=leading_comment(text), source=str(path))
+
+
+def leading_comment(text: str) -> str:
+    """The `#` lines at the top of a study file, without the marks."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:].removeprefix(" ").rstrip())
+    return "\n".join(lines).strip()
+
+
+def parse_study(document: dict[str, Any], *, name: str, about: str = "", source: str = "study") -> StudySpec:
+    """Checks a parsed TOML document and builds the StudySpec.
+
+    Raises SpecError listing every error with its key, in the order of the file's sections.
+    """
+    problems: list[str] = [
+        f"{key}: unknown section (known: {', '.join(SECTIONS)})" for key in document if key not in SECTIONS
+    ]
+    data = document.get("data", "caltech101")
+    if data not in ("caltech101", "demo", "folder"):
+        problems.append(f"data: {data!r} is not one of caltech101, demo, folder")
+    recipe = _model(Hyperparameters, document.get("recipe"), "recipe", problems)
+    space = _space(document.get("space", {}), problems)
+    sampler = _model(SamplerSpec, document.get("sampler", {}), "sampler", problems)
+    pruner = _model(PrunerSpec, document.get("pruner", {}), "pruner", problems)
+    baselines = _baselines(document.get("baselines", []), space, recipe, problems)
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise SpecError(f"{source}: {len(problems)} error(s):\n{lines}", "mend these keys in the file")
+    assert recipe and sampler and pruner  # each is None only with a problem
+    return StudySpec(
+        name=name, about=about, data=data, recipe=recipe, space=space, sampler=sampler, pruner=pruner,
+        baselines=tuple(baselines),
+    )  # fmt: skip
+
+
+def _model(kind: type[Model], table: Any, key: str, problems: list[str]) -> Model | None:
+    """Validates one table; on failure adds "key.field: what" lines and returns None."""
+    if not isinstance(table, dict):
+        problems.append(f"{key}: missing" if table is None else f"{key}: must be a table")
+        return None
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        problems.extend(describe(error, key))
+        return None
+
+
+def describe(error: ValidationError, key: str) -> list[str]:
+    """Pydantic's findings as "key.field: what (got value)" lines."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([key, *(str(part) for part in item["loc"])])
+        got = item.get("input")
+        shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) else ""
+        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return lines
+
+
+def _space(table: Any, problems: list[str]) -> dict[str, Dimension]:
+    if not isinstance(table, dict):
+        problems.append("space: must be a table")
+        return {}
+    space: dict[str, Dimension] = {}
+    for name, entry in table.items():
+        key = f"space.{name}"
+        if name not in SEARCHABLE:
+            problems.append(f"{key}: cannot be searched (searchable: {', '.join(SEARCHABLE)})")
+            continue
+        if not isinstance(entry, dict):
+            problems.append(f"{key}: write {{ low = ..., high = ... }} or {{ choices = [...] }}")
+            continue
+        kind = Choices if "choices" in entry else SEARCHABLE[name]
+        if kind is None:
+            problems.append(f"{key}: needs {{ choices = [...] }}")
+            continue
+        dimension = _model(kind, entry, key, problems)
+        if dimension is not None:
+            space[name] = dimension
+            problems.extend(_bound_problems(name, dimension))
+    return space
+
+
+def _bound_problems(name: str, dimension: Dimension) -> list[str]:
+    """The ends of a range, or its choices, that the recipe's field would refuse."""
+    if isinstance(dimension, Choices):
+        ends = {f"choices[{i}]": value for i, value in enumerate(dimension.choices)}
+    else:
+        ends = {"low": dimension.low, "high": dimension.high}
+    return [line for end, value in ends.items() for line in _field_problems(name, value, f"space.{name}.{end}")]
+
+
+def _field_problems(name: str, value: Any, key: str) -> list[str]:
+    try:
+        FIELD_CHECKS[name].validate_python(value, strict=isinstance(value, bool))
+    except ValidationError as error:
+        return describe(error, key)
+    return []
+
+
+def _baselines(
+    rows: Any, space: dict[str, Dimension], recipe: Hyperparameters | None, problems: list[str]
+) -> list[Baseline]:
+    if not isinstance(rows, list):
+        problems.append("baselines: write each row as [[baselines]]")
+        return []
+    baselines = []
+    for number, row in enumerate(rows):
+        key = f"baselines[{number}]"
+        baseline = _model(Baseline, row, key, problems)
+        if baseline is None:
+            continue
+        found = params_problems(baseline.params, space, f"{key}.params")
+        if recipe is not None and not found:
+            defaults = recipe.model_dump()
+            found = [
+                f"{key}.params.{name}: not given, and recipe.{name} = {defaults[name]!r} is outside the space"
+                for name, dimension in space.items()
+                if name not in baseline.params and not dimension.contains(defaults[name])
+            ]
+        problems.extend(found)
+        baselines.append(baseline)
+    names = [baseline.name for baseline in baselines]
+    problems.extend(f"baselines: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1}))
+    return baselines
+
+
+def params_problems(params: dict[str, Any], space: dict[str, Dimension], key: str) -> list[str]:
+    """What keeps `params` from being a point of the space: unknown names, values outside it."""
+    problems = []
+    for name, value in params.items():
+        if name not in space:
+            problems.append(f"{key}.{name}: not in [space] ({', '.join(space) or 'which is empty'})")
+        elif not space[name].contains(value):
+            problems.append(f"{key}.{name}: {value!r} lies outside space.{name}")
+    return problems
+
+
+def complete_params(spec: StudySpec, params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with what they leave out taken from `[recipe]`, in the order of the space."""
+    defaults = spec.recipe.model_dump()
+    return {name: params.get(name, defaults[name]) for name in spec.space}

@@ -1,0 +1,1 @@
+"""A recipe to epochs: models, devices, the training loop. Never imports optuna."""
