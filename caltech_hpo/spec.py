@@ -170,8 +170,7 @@ SEARCHABLE: dict[str, type[FloatRange] | type[IntRange] | None] = {
 }
 
 FIELD_CHECKS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(Annotated[info.annotation, info])
-    for name, info in Hyperparameters.model_fields.items()
+    name: TypeAdapter(Annotated[info.annotation, info]) for name, info in Hyperparameters.model_fields.items()
 }
 
 

@@ -171,7 +171,9 @@ def _bound_problems(name: str, dimension: Dimension) -> list[str]:
         ends = {f"choices[{i}]": value for i, value in enumerate(dimension.choices)}
     else:
         ends = {"low": dimension.low, "high": dimension.high}
-    return [line for end, value in ends.items() for line in _field_problems(name, value, f"space.{name}.{end}")]
+    return [
+        line for end, value in ends.items() for line in _field_problems(name, value, f"space.{name}.{end}")
+    ]
 
 
 def _field_problems(name: str, value: Any, key: str) -> list[str]:
@@ -205,7 +207,9 @@ def _baselines(
         problems.extend(found)
         baselines.append(baseline)
     names = [baseline.name for baseline in baselines]
-    problems.extend(f"baselines: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1}))
+    problems.extend(
+        f"baselines: the name '{n}' is used twice" for n in sorted({n for n in names if names.count(n) > 1})
+    )
     return baselines
 
 

@@ -135,7 +135,9 @@ def _write_cache(
         sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{path.parent}: the disk is full", "make room, or give another --home") from error
+            raise DataError(
+                f"{path.parent}: the disk is full", "make room, or give another --home"
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

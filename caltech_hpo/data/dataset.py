@@ -111,8 +111,12 @@ def scan(root: Path) -> DatasetIndex:
         )
     classes = tuple(names)
     if len(classes) < 2:
-        raise DataError(f"{images}: only one class, {classes[0]}", "a classifier needs at least two class folders")
-    everything = [Sample(f"{name}/{file}", label) for label, name in enumerate(classes) for file in names[name]]
+        raise DataError(
+            f"{images}: only one class, {classes[0]}", "a classifier needs at least two class folders"
+        )
+    everything = [
+        Sample(f"{name}/{file}", label) for label, name in enumerate(classes) for file in names[name]
+    ]
     lists = find_lists(root, images)
     if lists is None:
         train = [sample for i, sample in enumerate(everything) if i % EVERY_THIRD]

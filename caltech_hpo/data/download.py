@@ -48,7 +48,9 @@ def fetch_caltech101(
         downloaded = archive is None
         source = archive or download(url, datasets / "caltech-101.zip", progress=progress)
         if not source.is_file():
-            raise DataError(f"{source}: there is no such archive", "give --archive the path of caltech-101.zip")
+            raise DataError(
+                f"{source}: there is no such archive", "give --archive the path of caltech-101.zip"
+            )
         if downloaded or source.suffix == ".zip":
             check_md5(source, md5, downloaded=downloaded, progress=progress)
         unpack(source, target, progress=progress)
@@ -120,14 +122,18 @@ def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> 
             with zipfile.ZipFile(archive) as outer:
                 inner = [name for name in outer.namelist() if name.endswith(INNER_ARCHIVE)]
                 if len(inner) != 1:
-                    raise DataError(f"{archive}: holds no {INNER_ARCHIVE}", "give the caltech-101.zip archive")
+                    raise DataError(
+                        f"{archive}: holds no {INNER_ARCHIVE}", "give the caltech-101.zip archive"
+                    )
                 with outer.open(inner[0]) as stream:
                     _extract_tar(stream, temporary, progress)
         else:
             with archive.open("rb") as stream:
                 _extract_tar(stream, temporary, progress)
         if not (temporary / "101_ObjectCategories").is_dir():
-            raise DataError(f"{archive}: holds no folder 101_ObjectCategories", "give the caltech-101.zip archive")
+            raise DataError(
+                f"{archive}: holds no folder 101_ObjectCategories", "give the caltech-101.zip archive"
+            )
         target.mkdir(parents=True, exist_ok=True)
         (temporary / "101_ObjectCategories").replace(target / "101_ObjectCategories")
         sync_folder(target)
@@ -159,7 +165,8 @@ def write_demo(datasets: Path, *, progress: Progress | None = None) -> Path:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            "the demo's digits come with scikit-learn, which is not installed", "pip install 'caltech-hpo[demo]'"
+            "the demo's digits come with scikit-learn, which is not installed",
+            "pip install 'caltech-hpo[demo]'",
         ) from error
     from PIL import Image
 

@@ -15,7 +15,14 @@ from pydantic import ValidationError
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
-from caltech_hpo.search.storage import check_unchanged, default_url, find_study, open_storage, open_study, study_lock
+from caltech_hpo.search.storage import (
+    check_unchanged,
+    default_url,
+    find_study,
+    open_storage,
+    open_study,
+    study_lock,
+)
 from caltech_hpo.spec import Hyperparameters, Precision, StudySpec
 from caltech_hpo.study_files import complete_params, describe, load_study
 
@@ -83,12 +90,22 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class Search:
-    """A search that is about to begin. `events` is empty when the study has its trials already."""
+    """A search that is about to begin; `records` are the trials it finds.
+
+    `events` is empty and `device` too when the study has its trials already.
+    """
 
     spec: StudySpec
     records: list[TrialRecord]
     events: Iterator[SearchEvent]
     device: str = ""
+
+    @property
+    def finished(self) -> int:
+        """Complete and pruned trials at the beginning."""
+        from caltech_hpo.search.records import finished_count
+
+        return finished_count(self.records)
 
 
 def locate_data(spec: StudySpec, place: Place, *, progress: Progress | None = None, say: Say = print) -> Path:
@@ -100,7 +117,9 @@ def locate_data(spec: StudySpec, place: Place, *, progress: Progress | None = No
     if spec.data == "demo":
         return write_demo(place.datasets, progress=progress)
     if spec.data == "folder":
-        raise UsageError(f"study '{spec.name}' names no data set", "give the folder of class folders: --data DIR")
+        raise UsageError(
+            f"study '{spec.name}' names no data set", "give the folder of class folders: --data DIR"
+        )
     if not (place.datasets / "caltech101").is_dir():
         say(f"no data in {place.datasets / 'caltech101'}: fetching Caltech-101 from {ARCHIVE_URL}")
     return fetch_caltech101(place.datasets, progress=progress)
@@ -123,7 +142,8 @@ def check_enqueued(spec: StudySpec, params: dict[str, Any]) -> None:
     unknown = [name for name in params if name not in spec.space]
     if unknown:
         raise UsageError(
-            f"--enqueue: {', '.join(unknown)} not in the space of '{spec.name}'", f"its space: {', '.join(spec.space)}"
+            f"--enqueue: {', '.join(unknown)} not in the space of '{spec.name}'",
+            f"its space: {', '.join(spec.space)}",
         )
     for name, value in params.items():
         choices = getattr(spec.space[name], "choices", None)
@@ -158,7 +178,9 @@ def open_search(
                 return
         index = scan(locate_data(spec, place, progress=progress, say=say))
         if stored is not None:
-            check_unchanged(stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed)
+            check_unchanged(
+                stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
+            )
         yield from _run(request, place, spec, storage, index, progress, say)
 
 

@@ -36,17 +36,12 @@ def sqlite_path(url: str) -> Path | None:
         parsed = make_url(url)
     except ArgumentError as error:
         raise StorageError(
-            "--storage is not a database URL", "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+            "--storage is not a database URL",
+            "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
         ) from error
     if not parsed.drivername.startswith("sqlite") or not parsed.database or parsed.database == ":memory:":
         return None
     return Path(parsed.database)
-
-
-def exists(url: str) -> bool:
-    """Whether there is a database to read; for a server, opening it will tell."""
-    path = sqlite_path(url)
-    return path is None or path.exists()
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
@@ -57,7 +52,9 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{path.parent}: {error.strerror}", "give a writable --home or --storage") from error
+            raise StorageError(
+                f"{path.parent}: {error.strerror}", "give a writable --home or --storage"
+            ) from error
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -77,6 +74,17 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         ) from error
     except ImportError as error:
         raise StorageError(f"{shown(url)}: {error}", "pip install the database's driver") from error
+
+
+def open_existing(url: str) -> optuna.storages.RDBStorage | None:
+    """As `open_storage`, but None where there is no database file: reading creates nothing."""
+    path = sqlite_path(url)
+    return None if path is not None and not path.exists() else open_storage(url)
+
+
+def study_names(storage: optuna.storages.RDBStorage | None) -> list[str]:
+    """The names of the stored studies, sorted."""
+    return [] if storage is None else sorted(study.study_name for study in storage.get_all_studies())
 
 
 def shown(url: str) -> str:
@@ -106,15 +114,21 @@ def check_sqlite(path: Path) -> None:
             "restore it from a backup, or remove it to start with no studies",
         )
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as connection:
+            tables = {
+                row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
+            }
     except sqlite3.DatabaseError as error:
         raise StorageError(
             f"{path}: is no usable SQLite database: {error}",
             "restore it from a backup, check its permissions, or give another --storage",
         ) from error
     if tables and "studies" not in tables:
-        raise StorageError(f"{path}: belongs to another program (it has no studies table)", "give another --storage")
+        raise StorageError(
+            f"{path}: belongs to another program (it has no studies table)", "give another --storage"
+        )
 
 
 @contextlib.contextmanager
@@ -142,8 +156,10 @@ def study_lock(folder: Path, study_name: str) -> Iterator[None]:
         lock.release()
 
 
-def find_study(storage: optuna.storages.RDBStorage, name: str) -> optuna.Study | None:
+def find_study(storage: optuna.storages.RDBStorage | None, name: str) -> optuna.Study | None:
     """The stored study, or None."""
+    if storage is None:
+        return None
     import optuna
 
     try:
@@ -198,7 +214,9 @@ def check_unchanged(
         if stored.get(key) != current.get(key) and key not in ("name", "about")
     ]
     if data is not None and study.user_attrs.get(DATA_ATTR, data) != data:
-        changes.append(f"  data set: {study.user_attrs[DATA_ATTR]} -> {data} (other images, classes or split)")
+        changes.append(
+            f"  data set: {study.user_attrs[DATA_ATTR]} -> {data} (other images, classes or split)"
+        )
     if not changes:
         return
     listing = "\n".join(changes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +14,7 @@ AMPERE = (8, 0)
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" | "cpu" | "cuda" | "cuda:K" | "mps" to a device that is there. Raises UsageError."""
+    """ "auto" | "cpu" | "cuda" | "cuda:K" | "mps" to a device that is there. Raises UsageError."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -28,7 +27,9 @@ def resolve_device(name: str) -> torch.device:
     if kind == "cuda" and (not number or number.isdigit()):
         if int(number or 0) < torch.cuda.device_count():
             return torch.device("cuda", int(number or 0))
-        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s)", _choices())
+        raise UsageError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s)", _choices()
+        )
     raise UsageError(f"--device {name}: unknown, or not on this machine", _choices())
 
 
@@ -50,7 +51,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Precision:
-    """"auto" becomes "bf16" where that is fast, else "fp32"; the others stay."""
+    """ "auto" becomes "bf16" where that is fast, else "fp32"; the others stay."""
     if precision != "auto":
         return precision
     return "bf16" if has_fast_bf16(device) else "fp32"

@@ -21,21 +21,19 @@ IMAGENET_WEIGHTS = "imagenet"
 @dataclass(frozen=True)
 class ArchitectureInfo:
     """Where torchvision keeps things: `head` is the last linear layer's name, `classifier` the part
-    that freeze = "classifier" freezes (the rest is "features"); `layers` counts convolutions and
-    linear layers as the papers do (ResNet's shortcut projections are not counted)."""
+    that freeze = "classifier" freezes (the rest is "features")."""
 
     head: str
     classifier: str
-    layers: int
 
 
 ARCHITECTURES: dict[str, ArchitectureInfo] = {
-    "alexnet": ArchitectureInfo("classifier.6", "classifier", 8),
-    "resnet18": ArchitectureInfo("fc", "fc", 18),
-    "resnet34": ArchitectureInfo("fc", "fc", 34),
-    "resnet50": ArchitectureInfo("fc", "fc", 50),
-    "vgg16": ArchitectureInfo("classifier.6", "classifier", 16),
-    "vgg16_bn": ArchitectureInfo("classifier.6", "classifier", 16),
+    "alexnet": ArchitectureInfo("classifier.6", "classifier"),
+    "resnet18": ArchitectureInfo("fc", "fc"),
+    "resnet34": ArchitectureInfo("fc", "fc"),
+    "resnet50": ArchitectureInfo("fc", "fc"),
+    "vgg16": ArchitectureInfo("classifier.6", "classifier"),
+    "vgg16_bn": ArchitectureInfo("classifier.6", "classifier"),
 }
 
 

@@ -1,4 +1,4 @@
-"""How results and progress look on a terminal. Part of the command line: nothing below imports it."""
+"""Progress on a terminal: bars, the live table of a search, the epochs of a final training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -86,7 +93,8 @@ class ProgressBars:
 
     def close(self) -> None:
         """Removes the bars."""
-        self._bars.stop()
+        if self._bars.live.is_started:
+            self._bars.stop()
 
 
 @dataclass
@@ -104,11 +112,15 @@ class _Row:
 class SearchView:
     """The live table of a search on a terminal; plain lines elsewhere."""
 
-    def __init__(self, console: Console, study: str, trials: int, records: Sequence[TrialRecord], workers: int):
+    def __init__(
+        self, console: Console, study: str, trials: int, records: Sequence[TrialRecord], workers: int
+    ):
         self._console, self._study, self._trials, self._workers = console, study, trials, workers
         done = [record for record in records if record.state in ("complete", "pruned")]
         self._finished = len(done)
-        complete = [record.value for record in done if record.state == "complete" and record.value is not None]
+        complete = [
+            record.value for record in done if record.state == "complete" and record.value is not None
+        ]
         self._best = max(complete, default=None)
         self._epoch_seconds = [result.seconds for record in done for result in record.epochs]
         self._trial_epochs = [len(record.epochs) for record in done]
@@ -157,8 +169,8 @@ class SearchView:
         if state == "complete" and value is not None:
             self._best = max(value, self._best or 0.0)
         self._line(
-            f"trial {number} {row.state}, best validation {percent(value)}; {self._finished} of {self._trials} "
-            f"finished, best of study {percent(self._best)}"
+            f"trial {number} {row.state}, best validation {percent(value)}; "
+            f"{self._finished} of {self._trials} finished, best of study {percent(self._best)}"
         )
 
     def time_left(self) -> str:
@@ -200,3 +212,37 @@ class SearchView:
 
     def _running_note(self, row: _Row) -> str:
         return f"running, {duration(time.monotonic() - row.began)}"
+
+
+class EpochView:
+    """The progress of one training: a bar on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self._console, self._epochs = console, epochs
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training, epoch", total=epochs)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keeps the bar on the screen."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._bar:
+            yield
+
+    def handle(self, result: EpochResult) -> None:
+        """Takes in one epoch."""
+        text = f"loss {result.training_loss:.4f}"
+        if result.validation_top1 is not None:
+            text += f", validation {percent(result.validation_top1)}"
+        self._bar.update(self._task, completed=result.epoch, description=f"{text}; epoch")
+        if not self._console.is_terminal:
+            left = duration(result.seconds * (self._epochs - result.epoch))
+            self._console.print(
+                f"epoch {result.epoch}/{self._epochs}: {text}, {result.seconds:.0f} s, {left} left",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip

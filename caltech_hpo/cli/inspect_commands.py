@@ -1,0 +1,173 @@
+"""`studies`, `data`, `models`: what is declared and what is there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Home,
+    Json,
+    Storage,
+    answer,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
+from caltech_hpo.study_files import base_name, load_study, study_files
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+    from caltech_hpo.spec import StudySpec
+
+studies_app = typer.Typer(help="The declared studies.")
+data_app = typer.Typer(no_args_is_help=True, help="Fetch and check images.")
+models_app = typer.Typer(help="The architectures side by side.")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for name, group in (("studies", studies_app), ("data", data_app), ("models", models_app)):
+        app.add_typer(group, name=name)
+
+
+def study_json(spec: StudySpec, stored: str, source: str, database: RDBStorage | None) -> dict[str, Any]:
+    """What is declared of a study, and what the database holds under the name `stored`."""
+    from caltech_hpo.search.records import best_record, finished_count, trial_records
+    from caltech_hpo.search.storage import find_study
+
+    study = find_study(database, stored)
+    records = trial_records(study) if study else []
+    return {
+        "study": stored, "file": source, "about": spec.about, "data": spec.data,
+        "recipe": spec.recipe.model_dump(mode="json"),
+        "space": {name: dimension.model_dump(mode="json") for name, dimension in spec.space.items()},
+        "sampler": spec.sampler.model_dump(mode="json"), "pruner": spec.pruner.model_dump(mode="json"),
+        "baselines": [row.model_dump(mode="json") for row in spec.baselines], "spec_hash": spec.hash,
+        "trials": len(records), "finished": finished_count(records),
+        "best": record_json(best_record(records)),
+    }  # fmt: skip
+
+
+@studies_app.callback(invoke_without_command=True)
+def studies(
+    context: typer.Context, home: Home = DEFAULT_HOME, storage: Storage = None, as_json: Json = False
+) -> None:
+    """List the studies, built-in and in ./studies, with their trials and best so far."""
+    if context.invoked_subcommand:
+        return
+    from caltech_hpo.search.storage import open_existing, study_names
+
+    database = open_existing(place_of(home, storage).storage)
+    files = study_files()
+    again = [name for name in study_names(database) if name not in files and base_name(name) in files]
+    rows = [
+        study_json(load_study(name), name, str(files.get(name) or files[base_name(name)]), database)
+        for name in sorted([*files, *again])
+    ]
+    answer(rows, as_json, studies_table(rows))
+
+
+@studies_app.command("show")
+def studies_show(
+    name: Annotated[str, typer.Argument(help="Study name.")],
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Show a study: its comment, space, sampler, pruner, baselines, and what the database holds.
+
+    Example: caltech-hpo studies show alexnet-scratch
+    """
+    from caltech_hpo.search.storage import open_existing
+
+    spec = load_study(name)
+    source = str(study_files()[spec.name])
+    document = study_json(spec, name, source, open_existing(place_of(home, storage).storage))
+    answer(document, as_json, study_text(document))
+
+
+@data_app.command("fetch")
+def data_fetch(
+    archive: Annotated[
+        Path | None, typer.Option(help="Use this caltech-101.zip (or its inner tar.gz).")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    as_json: Json = False,
+) -> None:
+    """Download Caltech-101 (137 MB) into the home and unpack it; goes on where a download stopped.
+
+    Example: caltech-hpo data fetch --archive ~/Downloads/caltech-101.zip
+    """
+    from caltech_hpo.data.download import fetch_caltech101
+
+    place = place_of(home, None)
+    with progress_bars() as bars:
+        folder = fetch_caltech101(place.datasets, archive=archive, progress=bars)
+    answer({"folder": str(folder)}, as_json, f"Caltech-101 is in {folder}")
+
+
+@data_app.command("check")
+def data_check(home: Home = DEFAULT_HOME, data: Data = None, as_json: Json = False) -> None:
+    """Count classes and images, find unreadable files and images that are in two splits.
+
+    Exit code 3 if it finds either. Without --data: the home's Caltech-101.
+
+    Example: caltech-hpo data check --data my-images
+    """
+    from caltech_hpo.data.check import check
+    from caltech_hpo.data.dataset import scan
+
+    folder = data or place_of(home, None).datasets / "caltech101"
+    with progress_bars() as bars:
+        result = check(scan(folder), progress=bars)
+    document = {**asdict(result), "root": str(result.root)}
+    answer(document, as_json, check_table(result))
+    if result.unreadable or result.identical:
+        say("error: the data has faults, listed above")
+        raise typer.Exit(3)
+
+
+@models_app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    crop: Annotated[int, typer.Option(min=32, max=2048, help="Input side in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=2, help="Outputs of the new head.")] = 101,
+    study: Annotated[str | None, typer.Option("--study", help="Take the crop from this study.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the architectures: layers, parameters, FLOPs, activation memory per image."""
+    if context.invoked_subcommand:
+        return
+    from caltech_hpo.training.models import ARCHITECTURES
+    from caltech_hpo.training.summary import summarize
+
+    crop = load_study(study).recipe.crop if study else crop
+    rows = [summarize(name, crop=crop, classes=classes) for name in ARCHITECTURES]
+    answer([asdict(row) for row in rows], as_json, models_table(rows))
+
+
+@models_app.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Architecture.")],
+    crop: Annotated[int, typer.Option(min=32, max=2048, help="Input side in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=2, help="Outputs of the new head.")] = 101,
+    as_json: Json = False,
+) -> None:
+    """Print the structure of an architecture.
+
+    Example: caltech-hpo models show resnet18
+    """
+    from caltech_hpo.training.summary import meta_model, require_architecture, summarize
+
+    require_architecture(name)
+    structure = str(meta_model(name, classes))
+    document = {**asdict(summarize(name, crop=crop, classes=classes)), "structure": structure}
+    answer(document, as_json, structure)

@@ -1,0 +1,75 @@
+"""What the commands share: options, where to print, how to answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from caltech_hpo.cli.display import ProgressBars
+from caltech_hpo.search.run import Place
+
+Home = Annotated[
+    Path, typer.Option("--home", envvar="CALTECH_HPO_HOME", help="Folder for everything that is kept.")
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        envvar="CALTECH_HPO_STORAGE",
+        help="Study database URL.",
+        show_default="SQLite in the home",
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", envvar="CALTECH_HPO_DATA", help="Folder of images, one sub-folder for each class."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
+Study = Annotated[str, typer.Option("--study", help="Study name; 'caltech-hpo studies' lists them.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:K or mps.")]
+Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")]
+DEFAULT_HOME = Path("storage")
+PIPE_WIDTH = 140
+
+
+def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:
+    """Where this call keeps and finds things."""
+    from caltech_hpo.search.storage import default_url
+
+    return Place(home, storage or default_url(home), data)
+
+
+def say(text: str) -> None:
+    """One plain line on stderr; square brackets in it are text."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def answer(document: Any, as_json: bool, human: RenderableType) -> None:
+    """Prints the JSON document, or what a person wants to read, on stdout."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    elif isinstance(human, str):
+        Console().print(human, markup=False, highlight=False, soft_wrap=True)
+    else:
+        console = Console()
+        # A pipe or a file has no width: do not squeeze tables into Rich's default of 80 columns.
+        console.print(human, highlight=False, width=None if console.is_terminal else PIPE_WIDTH)
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressBars]:
+    """Progress bars on stderr, gone afterwards."""
+    bars = ProgressBars(Console(stderr=True))
+    try:
+        yield bars
+    finally:
+        bars.close()

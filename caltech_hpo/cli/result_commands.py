@@ -1,0 +1,119 @@
+"""`final`, `report`, `dashboard`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from caltech_hpo.cli.display import EpochView
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Device,
+    Home,
+    Json,
+    Skip,
+    Storage,
+    Study,
+    answer,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.cli.tables import final_text, report_table
+from caltech_hpo.errors import UsageError
+
+if TYPE_CHECKING:
+    from caltech_hpo.results.final import FinalPlan, FinalResult
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for command in (final, report, dashboard):
+        app.command()(command)
+
+
+def final(
+    study: Study,
+    fit_on: Annotated[
+        str, typer.Option(help="train (keeps the best validation epoch), or train+val for that many epochs.")
+    ] = "train",
+    device: Device = "auto",
+    skip_unreadable: Skip = False,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Retrain the best trial's configuration and score the test set, once.
+
+    Writes weights, description, metrics, curves and confusion matrix into the home. A configuration
+    that was scored before is not scored again: its stored result is shown.
+
+    Example: caltech-hpo final --study alexnet-scratch
+    """
+    from caltech_hpo.results.final import plan_final
+
+    if fit_on not in ("train", "train+val"):
+        raise UsageError(f"--fit-on {fit_on}: unknown", "use train or train+val")
+    place = place_of(home, storage, data)
+    with progress_bars() as bars:
+        plan = plan_final(study, place, fit_on=fit_on, progress=bars, say=say)  # type: ignore[arg-type]
+    if plan.stored is not None:
+        say(f"trial {plan.record.number} was scored before; the test set is not used again")
+    result = plan.stored or _retrain_and_score(plan, device, skip_unreadable)
+    answer(result.model_dump(mode="json"), as_json, final_text(result, plan.folder))
+
+
+def _retrain_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+    from caltech_hpo.results.final import retrain, score
+
+    say(
+        f"retraining trial {plan.record.number} of study {plan.study.study_name} on {plan.recipe.fit_on}, "
+        f"{plan.recipe.epochs} epochs"
+    )
+    view = EpochView(Console(stderr=True), plan.recipe.epochs)
+    with progress_bars() as bars, view.shown():
+        epochs = []
+        for result in retrain(plan, device=device, skip_unreadable=skip_unreadable, progress=bars):
+            bars.close()
+            view.handle(result)
+            epochs.append(result)
+    say("scoring the test set")
+    with progress_bars() as bars:
+        return score(plan, epochs, device=device, skip_unreadable=skip_unreadable, progress=bars)
+
+
+def report(study: Study, home: Home = DEFAULT_HOME, storage: Storage = None, as_json: Json = False) -> None:
+    """Show a study's table beside the report's published values, and draw its curves.
+
+    Example: caltech-hpo report --study alexnet-scratch
+    """
+    from caltech_hpo.results.report import make_report
+
+    made = make_report(study, place_of(home, storage))
+    answer(made.model_dump(mode="json"), as_json, report_table(made))
+
+
+def dashboard(
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+) -> None:
+    """Serve optuna-dashboard on the study database until Ctrl-C.
+
+    Example: caltech-hpo dashboard --port 8080
+    """
+    from caltech_hpo.results.dashboard import bind, make_app, serve
+
+    place = place_of(home, storage)
+    application = make_app(place.storage, place.home / "artifacts")
+    listening = bind(host, port)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"warning: anyone who reaches {host} can read and change every study: there is no password")
+    shown = f"[{host}]" if ":" in host else host
+    say(f"dashboard: http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends it)")
+    serve(application, listening)

@@ -1,0 +1,158 @@
+"""`search`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from caltech_hpo.cli.display import SearchView, short_params
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Device,
+    Home,
+    Json,
+    Skip,
+    Storage,
+    Study,
+    answer,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.cli.tables import record_json
+from caltech_hpo.errors import UsageError
+from caltech_hpo.search import run
+from caltech_hpo.search.run import Place, SearchRequest
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(search)
+
+
+def search(
+    study: Study,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Finished trials that the study shall have in all.")
+    ] = 40,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that train at once.")] = 1,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler and of training.")] = 0,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.01, help="Minutes after which no trial begins.")
+    ] = None,
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Skip the hand-tuned rows.")] = False,
+    enqueue: Annotated[
+        list[str] | None,
+        typer.Option(help="Run these next: NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="auto, bf16 or fp32, in place of the study's.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
+    ] = None,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Continue though the study file or the data changed.")
+    ] = False,
+    skip_unreadable: Skip = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Prove the study on this machine: 2 short trials, nothing kept.")
+    ] = False,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Search hyperparameters. The same command again goes on where the study stands.
+
+    --trials counts complete and pruned trials over all runs of the command. The study's
+    hand-tuned baselines run first.
+
+    Example: caltech-hpo search --study alexnet-scratch --trials 40
+    """
+    request = SearchRequest(
+        study=study, trials=trials, workers=workers, device=device, seed=seed, timeout_minutes=timeout,
+        baselines=not no_baselines, enqueue=parse_params(enqueue or []), allow_changed=allow_changed,
+        skip_unreadable=skip_unreadable, precision=precision, weights=weights,
+    )  # fmt: skip
+    place = place_of(home, storage, data)
+    with contextlib.ExitStack() as stack:
+        if smoke:
+            request, place = stack.enter_context(run.smoke(request, place))
+        with progress_bars() as bars:
+            opened = stack.enter_context(run.open_search(request, place, progress=bars, say=say))
+        follow(opened, request)
+        conclude(request, place, smoke=smoke, as_json=as_json)
+
+
+def parse_params(texts: list[str]) -> tuple[dict[str, Any], ...]:
+    """["learning_rate=1.0,epochs=30"] to [{"learning_rate": 1.0, "epochs": 30}]. Raises UsageError."""
+    parsed = []
+    for text in texts:
+        pairs = [pair.partition("=") for pair in text.split(",")]
+        if not all(name.strip() and mark and value.strip() for name, mark, value in pairs):
+            raise UsageError(f"--enqueue {text}: not of the form NAME=VALUE[,NAME=VALUE...]")
+        parsed.append({name.strip(): _number_or_text(value.strip()) for name, _, value in pairs})
+    return tuple(parsed)
+
+
+def _number_or_text(text: str) -> str | int | float:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def follow(opened: run.Search, request: SearchRequest) -> None:
+    """Shows the search while it runs."""
+    if not opened.device:
+        say(
+            f"study {request.study} has {opened.finished} finished trials already (asked: {request.trials}); "
+            f"nothing to do"
+        )
+        return
+    say(
+        f"study {request.study}: {opened.finished} of {request.trials} trials finished; training on {opened.device}"
+    )
+    view = SearchView(
+        Console(stderr=True),
+        request.study,
+        request.trials,
+        opened.records,
+        min(request.workers, request.trials),
+    )
+    with view.shown():
+        for event in opened.events:
+            view.handle(event)
+
+
+def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool) -> None:
+    """The answer of `search`: counts, the best trial, and what to do next."""
+    from caltech_hpo.search.records import best_record, trial_records
+    from caltech_hpo.search.storage import find_study, open_existing, shown
+
+    stored = find_study(open_existing(place.storage), request.study)
+    records = trial_records(stored) if stored else []
+    counts = {state: sum(r.state == state for r in records) for state in ("complete", "pruned", "failed")}
+    finished = counts["complete"] + counts["pruned"]
+    best = best_record(records)
+    document = {
+        "study": request.study, "smoke": smoke, "trials": request.trials, "finished": finished, **counts,
+        "best": record_json(best), "storage": shown(place.storage),
+    }  # fmt: skip
+    lines = [
+        f"{finished} of {request.trials} trials finished: " + ", ".join(f"{n} {s}" for s, n in counts.items())
+    ]
+    if best:
+        lines.append(f"best: trial {best.number}, validation {best.value:.4f} at epoch {best.best_epoch}")
+        lines.append(f"      {short_params(best.params)}")
+    if smoke:
+        lines.append("smoke run: nothing was kept; the study runs on this machine")
+    elif best:
+        lines.append(f"next: caltech-hpo final --study {request.study}, or look: caltech-hpo dashboard")
+    answer(document, as_json, "\n".join(lines))

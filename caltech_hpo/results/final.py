@@ -1,0 +1,225 @@
+"""Retrains the winner and scores the test set, once. The only module that loads the test split."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.data.cache import Progress, sync_folder
+from caltech_hpo.data.dataset import DatasetIndex, scan
+from caltech_hpo.data.loading import load_search_data, load_test_data
+from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
+from caltech_hpo.results.plots import draw_confusion, draw_training_curves
+from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
+from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
+from caltech_hpo.search.records import TrialRecord, best_record, trial_records
+from caltech_hpo.search.run import Place, Say, locate_data, open_executor
+from caltech_hpo.search.storage import DATA_ATTR, SPEC_ATTR, find_study, open_existing
+from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
+
+if TYPE_CHECKING:
+    import optuna
+
+    from caltech_hpo.training.loop import Evaluation
+
+FINAL_ATTR = "final:"
+
+
+class FinalResult(Frozen):
+    """A test score and what it belongs to. Accuracies are 0 to 1.
+
+    `val_accuracy` is None when the validation images were trained on; `ci95` is Wilson's interval
+    of `test_accuracy` over `test_images`; `seeds` says how many trainings it rests on.
+    """
+
+    study: str
+    trial: int
+    params: dict[str, Any]
+    best_epoch: int
+    val_accuracy: float | None
+    test_accuracy: float
+    test_mean_per_class_accuracy: float
+    test_images: int
+    ci95: tuple[float, float]
+    fit_on: FitOn
+    model: str
+    recipe_hash: str
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class FinalPlan:
+    """What `final` is about to do. `stored` is the score of the same recipe, if it was taken before."""
+
+    study: optuna.Study
+    record: TrialRecord
+    recipe: Recipe
+    folder: Path
+    stored: FinalResult | None
+    index: DatasetIndex
+    cache: Path
+
+
+def plan_final(
+    name: str, place: Place, *, fit_on: FitOn = "train", progress: Progress | None = None, say: Say = print
+) -> FinalPlan:
+    """Finds the best trial and checks that its data set is at hand.
+
+    Raises UsageError without a stored study or a complete trial, DataError for other data.
+    """
+    study = find_study(open_existing(place.storage), name)
+    record = best_record(trial_records(study)) if study is not None else None
+    if study is None or record is None or record.recipe is None:
+        what = "has no complete trial yet" if study is not None else "is not in the database"
+        raise UsageError(
+            f"study '{name}' {what}", f"run 'caltech-hpo search --study {name} --trials N' first"
+        )
+    recipe = record.recipe
+    if fit_on == "train+val":
+        recipe = recipe.model_copy(update={"fit_on": fit_on, "epochs": record.best_epoch})
+    spec = StudySpec.model_validate_json(study.user_attrs[SPEC_ATTR])
+    index = scan(locate_data(spec, place, progress=progress, say=say))
+    if index.fingerprint != study.user_attrs[DATA_ATTR]:
+        raise DataError(
+            f"{index.root}: not the data that study '{name}' searched on (other images, classes or split)",
+            "give the same folder as for the search: --data DIR",
+        )
+    folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
+    return FinalPlan(study, record, recipe, folder, stored_result(folder), index, place.cache)
+
+
+def stored_result(folder: Path) -> FinalResult | None:
+    """What an earlier `final` wrote into the folder, or None."""
+    metrics = folder / "metrics.json"
+    if not metrics.is_file():
+        return None
+    return FinalResult.model_validate(json.loads(metrics.read_text(encoding="utf-8"))["result"])
+
+
+def retrain(
+    plan: FinalPlan, *, device: str, skip_unreadable: bool = False, progress: Progress | None = None
+) -> Iterator[EpochResult]:
+    """Trains the recipe in a worker, keeping the best epoch's weights in the folder being made.
+
+    "train" keeps the best validation epoch; "train+val" the last one. Raises CaltechHpoError when
+    the training fails.
+    """
+    data = load_search_data(
+        plan.index, plan.recipe.resize, plan.cache, skip_unreadable=skip_unreadable, progress=progress
+    )
+    folder = unfinished(plan)
+    shutil.rmtree(folder, ignore_errors=True)
+    with open_executor(plan.recipe, data, device=device) as executor:
+        executor.submit(Job(plan.record.number, plan.recipe, keep=folder / "model.safetensors"))
+        while not isinstance(event := executor.next_event(), Finished):
+            if not isinstance(event, EpochDone):
+                reason = (
+                    f"{event.kind}: {event.message}" if isinstance(event, Failed) else f"worker died: {event}"
+                )
+                raise CaltechHpoError(f"training failed: {reason}", "run the command again")
+            yield event.result
+            executor.answer(event.job, True)
+
+
+def unfinished(plan: FinalPlan) -> Path:
+    """The folder being written, beside the one that it becomes."""
+    return plan.folder.with_name(f".{plan.folder.name}.unfinished")
+
+
+def score(
+    plan: FinalPlan, epochs: list[EpochResult], *, device: str, skip_unreadable: bool = False,
+    progress: Progress | None = None,
+) -> FinalResult:  # fmt: skip
+    """Scores the kept weights on the test split, writes everything into the folder, then records it."""
+    test = load_test_data(
+        plan.index, plan.recipe.resize, plan.cache, skip_unreadable=skip_unreadable, progress=progress
+    )
+    folder = unfinished(plan)
+    evaluation = _evaluate(plan.recipe, folder / "model.safetensors", test, device)
+    matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
+    validated = [result for result in epochs if result.validation_top1 is not None]
+    best = max(validated, key=lambda result: result.validation_top1 or 0.0, default=epochs[-1])
+    result = FinalResult(
+        study=plan.study.study_name,
+        trial=plan.record.number,
+        params=plan.record.params,
+        best_epoch=best.epoch,
+        val_accuracy=best.validation_top1,
+        test_accuracy=top1(matrix),
+        test_mean_per_class_accuracy=mean_per_class(matrix),
+        test_images=int(matrix.sum()),
+        ci95=wilson_interval(int(matrix.trace()), int(matrix.sum())),
+        fit_on=plan.recipe.fit_on,
+        model=str(plan.folder / "model.safetensors"),
+        recipe_hash=plan.recipe.hash,
+    )
+    title = f"{result.study}, trial {result.trial}"
+    draw_training_curves(epochs, title, folder / "curves.png")
+    draw_confusion(
+        matrix, test.classes, f"{title}: test top-1 {result.test_accuracy:.3f}", folder / "confusion.png"
+    )
+    document = {
+        "result": result.model_dump(mode="json"),
+        "test_loss": evaluation.loss,
+        "confusion_matrix": matrix.tolist(),
+        "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
+    }
+    write_json(folder / "model.json", describe_model(plan.recipe, test.classes))
+    write_json(folder / "metrics.json", document)
+    publish(folder, plan.folder)
+    plan.study.set_user_attr(f"{FINAL_ATTR}{plan.recipe.hash}", result.model_dump(mode="json"))
+    return result
+
+
+def _evaluate(recipe: Recipe, weights: Path, test: Any, device_name: str) -> Evaluation:
+    import torch
+
+    from caltech_hpo.training.checkpoint import load_weights
+    from caltech_hpo.training.device import resolve_device
+    from caltech_hpo.training.loop import evaluate, plan_for
+    from caltech_hpo.training.models import build_model
+
+    device = resolve_device(device_name)
+    model = build_model(recipe.architecture, "none", recipe.classes, seed=0)
+    load_weights(model, weights)
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return evaluate(model, test.open_test(), plan_for(recipe, device), recipe.precision)
+
+
+def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that is needed to rebuild the model and to feed it."""
+    import torch
+
+    from caltech_hpo.training.loop import plan_for
+
+    normalization = plan_for(recipe, torch.device("cpu")).normalization
+    return {
+        "architecture": recipe.architecture,
+        "classes": list(classes),
+        "preprocessing": {
+            "resize_short_side": recipe.resize, "center_crop": recipe.crop, "scale": "pixel / 255",
+            "mean": list(normalization.mean), "std": list(normalization.std),
+        },
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": recipe.hash,
+    }  # fmt: skip
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes and syncs; the folder around it is renamed into place afterwards."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Moves a finished folder to its name, over an earlier one without a score, and syncs."""
+    shutil.rmtree(target, ignore_errors=True)
+    folder.replace(target)
+    sync_folder(target.parent)

@@ -1,0 +1,121 @@
+"""The report's table: each hand-tuned row beside our run of it, then the other trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from caltech_hpo.errors import UsageError
+from caltech_hpo.results.final import FINAL_ATTR, FinalResult
+from caltech_hpo.results.plots import draw_study_curves
+from caltech_hpo.search.records import TrialRecord, best_record, trial_records
+from caltech_hpo.search.run import Place
+from caltech_hpo.search.storage import SPEC_ATTR, find_study, open_existing
+from caltech_hpo.spec import Frozen, Published, StudySpec
+from caltech_hpo.study_files import complete_params, load_study
+
+NOT_RUN = "not run"
+COLUMNS = ("learning_rate", "epochs", "step_size", "freeze", "augmentation", "batch_size")
+
+
+class ReportRow(Frozen):
+    """One training: ours, and what was published for the same values (None: nothing was).
+
+    `trial` is None for a baseline that has not run. `test` is its test accuracy, where `final`
+    scored it. Accuracies are 0 to 1.
+    """
+
+    trial: int | None
+    state: str
+    baseline: str
+    params: dict[str, Any]
+    final_loss: float | None
+    val_accuracy: float | None
+    test_accuracy: float | None
+    stop_reason: str
+    published: Published | None
+
+
+class Report(Frozen):
+    """A study's table; `best` is the trial number of the best complete trial."""
+
+    study: str
+    rows: tuple[ReportRow, ...]
+    best: int | None
+    finals: tuple[FinalResult, ...]
+    curves: str | None
+
+
+def make_report(name: str, place: Place) -> Report:
+    """Reads the study and draws its curves into the home. Raises UsageError for an unknown study."""
+    study = find_study(open_existing(place.storage), name)
+    if study is None:
+        load_study(name)  # an unknown name is the likelier mistake, and has its own error
+        raise UsageError(
+            f"study '{name}' is not in the database",
+            f"run 'caltech-hpo search --study {name} --trials N' first",
+        )
+    attrs = study.user_attrs
+    spec = StudySpec.model_validate_json(attrs[SPEC_ATTR]) if SPEC_ATTR in attrs else load_study(name)
+    records = trial_records(study)
+    finals = tuple(FinalResult.model_validate(v) for key, v in attrs.items() if key.startswith(FINAL_ATTR))
+    best = best_record(records)
+    curves = None
+    if any(record.epochs for record in records):
+        path = place.home / "reports" / name / "curves.png"
+        curves = str(draw_study_curves(records, f"study {name}", path))
+    return Report(
+        study=name,
+        rows=report_rows(spec, records, finals),
+        best=best.number if best else None,
+        finals=finals,
+        curves=curves,
+    )
+
+
+def report_rows(
+    spec: StudySpec, records: Sequence[TrialRecord], finals: Sequence[FinalResult]
+) -> tuple[ReportRow, ...]:
+    """The baselines in the file's order (their latest run that counts), then the rest, best first."""
+    tests = {final.trial: final.test_accuracy for final in finals if final.fit_on == "train"}
+    fixed = spec.recipe.model_dump(include=set(COLUMNS))
+
+    def row(record: TrialRecord, published: Published | None) -> ReportRow:
+        return ReportRow(
+            trial=record.number, state=record.state, baseline=record.baseline, params={**fixed, **record.params},
+            final_loss=finite(record.final_loss), val_accuracy=record.value,
+            test_accuracy=tests.get(record.number), stop_reason=record.stop_reason, published=published,
+        )  # fmt: skip
+
+    rows, used = [], set()
+    for baseline in spec.baselines:
+        runs = [record for record in records if record.baseline == baseline.name]
+        run = max(
+            runs, key=lambda record: (record.state in ("complete", "pruned"), record.number), default=None
+        )
+        if run is not None:
+            used.add(run.number)
+            rows.append(row(run, baseline.published))
+        else:
+            params = {**fixed, **complete_params(spec, baseline.params)}
+            rows.append(
+                ReportRow(
+                    trial=None,
+                    state=NOT_RUN,
+                    baseline=baseline.name,
+                    params=params,
+                    final_loss=None,
+                    val_accuracy=None,
+                    test_accuracy=None,
+                    stop_reason="",
+                    published=baseline.published,
+                )  # fmt: skip
+            )
+    others = [record for record in records if record.number not in used and record.state != "waiting"]
+    others.sort(key=lambda record: (record.state == "complete", record.value or 0.0), reverse=True)
+    return (*rows, *(row(record, None) for record in others))
+
+
+def finite(value: float | None) -> float | None:
+    """None in place of NaN and infinity, which JSON does not have."""
+    return value if value is not None and value - value == 0 else None

@@ -1,0 +1,37 @@
+"""Scores from predictions: pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+
+def confusion_matrix(labels: Labels, predictions: Labels, classes: int) -> Labels:
+    """Counts (classes, classes): row = true class, column = predicted class."""
+    counts = np.bincount(labels * classes + predictions, minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def top1(matrix: Labels) -> float:
+    """Share of images whose class was predicted, 0 to 1."""
+    return float(np.trace(matrix) / matrix.sum())
+
+
+def mean_per_class(matrix: Labels) -> float:
+    """Mean over classes of the share predicted right, 0 to 1; classes without an image do not count."""
+    sizes = matrix.sum(axis=1)
+    present = sizes > 0
+    return float((np.diag(matrix)[present] / sizes[present]).mean())
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927), 0 to 1; it covers the images drawn, not other seeds."""
+    z = 1.959964  # 97.5% quantile of the normal distribution
+    share = correct / total
+    center = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return max(0.0, center - half), min(1.0, center + half)
