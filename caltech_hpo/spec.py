@@ -170,7 +170,8 @@ SEARCHABLE: dict[str, type[FloatRange] | type[IntRange] | None] = {
 }
 
 FIELD_CHECKS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(Annotated[info.annotation, info]) for name, info in Hyperparameters.model_fields.items()
+    name: TypeAdapter(Annotated[info.annotation, info])  # type: ignore[arg-type]
+    for name, info in Hyperparameters.model_fields.items()
 }
 
 

@@ -17,7 +17,9 @@ from caltech_hpo.spec import (
     Baseline,
     Choices,
     Dimension,
+    FloatRange,
     Hyperparameters,
+    IntRange,
     PrunerSpec,
     SamplerSpec,
     StudySpec,
@@ -154,11 +156,12 @@ def _space(table: Any, problems: list[str]) -> dict[str, Dimension]:
         if not isinstance(entry, dict):
             problems.append(f"{key}: write {{ low = ..., high = ... }} or {{ choices = [...] }}")
             continue
+        kind: type[Choices] | type[IntRange] | type[FloatRange] | None
         kind = Choices if "choices" in entry else SEARCHABLE[name]
         if kind is None:
             problems.append(f"{key}: needs {{ choices = [...] }}")
             continue
-        dimension = _model(kind, entry, key, problems)
+        dimension: Dimension | None = _model(kind, entry, key, problems)
         if dimension is not None:
             space[name] = dimension
             problems.extend(_bound_problems(name, dimension))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,10 +24,16 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import final_text, report_table
-from caltech_hpo.errors import UsageError
 
 if TYPE_CHECKING:
     from caltech_hpo.results.final import FinalPlan, FinalResult
+
+
+class FitOnChoice(StrEnum):
+    """For --fit-on."""
+
+    train = "train"
+    both = "train+val"
 
 
 def register(app: typer.Typer) -> None:
@@ -38,8 +45,9 @@ def register(app: typer.Typer) -> None:
 def final(
     study: Study,
     fit_on: Annotated[
-        str, typer.Option(help="train (keeps the best validation epoch), or train+val for that many epochs.")
-    ] = "train",
+        FitOnChoice,
+        typer.Option(help="train keeps the best validation epoch; train+val runs that many epochs."),
+    ] = FitOnChoice.train,
     device: Device = "auto",
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
@@ -56,11 +64,9 @@ def final(
     """
     from caltech_hpo.results.final import plan_final
 
-    if fit_on not in ("train", "train+val"):
-        raise UsageError(f"--fit-on {fit_on}: unknown", "use train or train+val")
     place = place_of(home, storage, data)
     with progress_bars() as bars:
-        plan = plan_final(study, place, fit_on=fit_on, progress=bars, say=say)  # type: ignore[arg-type]
+        plan = plan_final(study, place, fit_on=fit_on.value, progress=bars, say=say)
     if plan.stored is not None:
         say(f"trial {plan.record.number} was scored before; the test set is not used again")
     result = plan.stored or _retrain_and_score(plan, device, skip_unreadable)

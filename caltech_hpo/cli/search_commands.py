@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,14 @@ from caltech_hpo.search import run
 from caltech_hpo.search.run import Place, SearchRequest
 
 
+class PrecisionChoice(StrEnum):
+    """For --precision."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command."""
     app.command()(search)
@@ -50,9 +59,7 @@ def search(
         list[str] | None,
         typer.Option(help="Run these next: NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="auto, bf16 or fp32, in place of the study's.")
-    ] = None,
+    precision: Annotated[PrecisionChoice | None, typer.Option(help="In place of the study's.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
     ] = None,
@@ -78,7 +85,7 @@ def search(
     request = SearchRequest(
         study=study, trials=trials, workers=workers, device=device, seed=seed, timeout_minutes=timeout,
         baselines=not no_baselines, enqueue=parse_params(enqueue or []), allow_changed=allow_changed,
-        skip_unreadable=skip_unreadable, precision=precision, weights=weights,
+        skip_unreadable=skip_unreadable, precision=precision.value if precision else None, weights=weights,
     )  # fmt: skip
     place = place_of(home, storage, data)
     with contextlib.ExitStack() as stack:
@@ -117,7 +124,8 @@ def follow(opened: run.Search, request: SearchRequest) -> None:
         )
         return
     say(
-        f"study {request.study}: {opened.finished} of {request.trials} trials finished; training on {opened.device}"
+        f"study {request.study}: {opened.finished} of {request.trials} trials finished; "
+        f"training on {opened.device}"
     )
     view = SearchView(
         Console(stderr=True),

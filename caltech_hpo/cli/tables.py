@@ -25,9 +25,9 @@ def table_of(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), title: str = ""
 ) -> Table:
     """A table; columns named in `left` are flush left, the others right. Texts are taken literally."""
-    table = Table(title=escape(title) or None, title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    table = Table(title=escape(title) or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table
@@ -53,7 +53,7 @@ def studies_table(rows: Sequence[dict[str, Any]]) -> Table:
             [row["study"], title, row["data"], str(len(row["baselines"])), str(row["finished"]),
              percent(best["val_accuracy"]) if best else "-"]
         )  # fmt: skip
-    columns = ("study", "what", "data", "baselines", "finished trials", "best validation")
+    columns = ("study", "what", "data", "baselines", "finished", "best val")
     return table_of(columns, cells, left=("study", "what", "data"))
 
 
@@ -146,7 +146,8 @@ def report_table(made: Report) -> RenderableType:
         low, high = final.ci95
         lines.append(
             f"test set: trial {final.trial}, fitted on {final.fit_on}: top-1 {final.test_accuracy:.4f} "
-            f"({low:.4f} to {high:.4f}), mean per class {final.test_mean_per_class_accuracy:.4f}, {final.seeds} seed"
+            f"({low:.4f} to {high:.4f}), mean per class {final.test_mean_per_class_accuracy:.4f}, "
+            f"{final.seeds} seed"
         )
     lines.append(f"curves: {made.curves}" if made.curves else "no curves yet")
     return Group(table, *(escape(line) for line in lines))
@@ -206,7 +207,8 @@ def models_table(rows: Sequence[ModelSummary]) -> Group:
     columns = ("architecture", "layers", "parameters", "FLOPs an image", "activations an image")
     table = table_of(columns, cells, left=("architecture",))
     note = (
-        f"crop {rows[0].crop}, {rows[0].classes} classes; layers: convolutions and linear layers; FLOPs: forward pass, "
-        "a multiplication and an addition are two; activations: kept for the backward pass, fp32"
+        f"crop {rows[0].crop}, {rows[0].classes} classes; layers: convolutions and linear layers; "
+        "FLOPs: forward pass, a multiplication and an addition are two; "
+        "activations: kept for the backward pass, fp32"
     )
     return Group(table, note)

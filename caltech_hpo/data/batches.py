@@ -50,7 +50,7 @@ def training_batches(
     learn from one value.
     """
     permutation = torch.randperm(len(data), generator=order)
-    for chosen in permutation.split(plan.batch_size):
+    for chosen in torch.split(permutation, plan.batch_size):
         if len(chosen) > 1 or len(data) == 1:
             yield make_batch(data, chosen.numpy(), plan, augmentation, draws)
 
@@ -58,7 +58,7 @@ def training_batches(
 def evaluation_batches(data: LabeledImages, plan: BatchPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """All images in order, centre crops; tensors as in `training_batches`."""
     unused = torch.Generator()
-    for chosen in torch.arange(len(data)).split(plan.batch_size):
+    for chosen in torch.split(torch.arange(len(data)), plan.batch_size):
         yield make_batch(data, chosen.numpy(), plan, CENTER_CROP, unused)
 
 

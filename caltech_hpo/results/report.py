@@ -82,8 +82,9 @@ def report_rows(
 
     def row(record: TrialRecord, published: Published | None) -> ReportRow:
         return ReportRow(
-            trial=record.number, state=record.state, baseline=record.baseline, params={**fixed, **record.params},
-            final_loss=finite(record.final_loss), val_accuracy=record.value,
+            trial=record.number, state=record.state, baseline=record.baseline, 
+            params={**fixed, **record.params}, final_loss=finite(record.final_loss),
+            val_accuracy=record.value,
             test_accuracy=tests.get(record.number), stop_reason=record.stop_reason, published=published,
         )  # fmt: skip
 
@@ -109,7 +110,7 @@ def report_rows(
                     test_accuracy=None,
                     stop_reason="",
                     published=baseline.published,
-                )  # fmt: skip
+                )
             )
     others = [record for record in records if record.number not in used and record.state != "waiting"]
     others.sort(key=lambda record: (record.state == "complete", record.value or 0.0), reverse=True)

@@ -113,7 +113,7 @@ class ProcessExecutor:
         self._workers: list[_Worker] = []
         try:
             self._workers = [self._spawn() for _ in range(workers)]
-            self.ready = [self._await_ready(worker) for worker in self._workers][0]
+            self.ready, *_ = [self._await_ready(worker) for worker in self._workers]
         except BaseException:
             self.close()
             raise

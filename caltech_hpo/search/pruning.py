@@ -33,8 +33,8 @@ def divergence(results: Sequence[EpochResult]) -> str:
     limit = CLIMB * first.training_loss
     if len(results) > CLIMB_EPOCHS and all(result.training_loss > limit for result in tail):
         return (
-            f"diverged: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, above {CLIMB} times "
-            f"the first epoch's {first.training_loss:.3g} for {CLIMB_EPOCHS} epochs"
+            f"diverged: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, "
+            f"above {CLIMB} times the first epoch's {first.training_loss:.3g} for {CLIMB_EPOCHS} epochs"
         )
     return ""
 

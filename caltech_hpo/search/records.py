@@ -46,7 +46,7 @@ def trial_record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     )
     scored = [result for result in epochs if result.validation_top1 is not None]
     best = max(scored, key=lambda result: (result.validation_top1 or 0.0, -result.epoch), default=None)
-    state = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
+    state: Any = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
     return TrialRecord.model_construct(
         number=trial.number,
         state=state,

@@ -212,8 +212,10 @@ def _run(
         supervisor = Supervisor(study, storage, spec, executor, binding, baselines=request.baselines)
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)
-        with contextlib.closing(events):
+        try:
             yield Search(spec, trial_records(study), events, executor.ready.device)
+        finally:
+            events.close()  # gives trials still running back to the queue
 
 
 @contextlib.contextmanager

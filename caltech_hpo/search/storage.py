@@ -200,7 +200,10 @@ def open_study(
 def check_unchanged(
     study: optuna.Study, name: str, spec: StudySpec, data: str | None, *, allow_changed: bool
 ) -> None:
-    """Raises UsageError if the stored study was made with another spec, or on other data (None: not checked)."""
+    """Raises UsageError if the stored study was made with another spec, or on other data.
+
+    `data` None leaves the data unchecked.
+    """
     stored_json = study.user_attrs.get(SPEC_ATTR)
     if stored_json is None:
         if study.get_trials(deepcopy=False):

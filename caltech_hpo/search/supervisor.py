@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ class Supervisor:
         seen = {trial.user_attrs.get(BASELINE_ATTR) for trial in trials}
         self._baselines = [row for row in spec.baselines if row.name not in seen] if baselines else []
 
-    def run(self, trials: int, *, seconds: float | None = None) -> Iterator[SearchEvent]:
+    def run(self, trials: int, *, seconds: float | None = None) -> Generator[SearchEvent, None, None]:
         """Runs until the study has `trials` finished ones; after `seconds` no new trial begins.
 
         However it ends, trials still running are marked failed and queued to be run again.

@@ -71,7 +71,8 @@ def train(
         learning_rate = float(schedule.get_last_lr()[0])
         batches = training_batches(
             training, plan, AUGMENTATIONS[recipe.augmentation],
-            order=_generator(recipe.seed, "order", epoch), draws=_generator(recipe.seed, "augmentation", epoch),
+            order=_generator(recipe.seed, "order", epoch),
+            draws=_generator(recipe.seed, "augmentation", epoch),
         )  # fmt: skip
         torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))  # dropout takes no generator
         training_loss = train_epoch(model, batches, optimizer, device, precision)
