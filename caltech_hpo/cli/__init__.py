@@ -8,8 +8,6 @@ import sys
 
 from caltech_hpo.errors import CaltechHpoError
 
-INTERRUPTED = 130
-
 
 def main() -> None:
     """The console script: our errors become one message and their exit code, a bug a traceback (1)."""
@@ -21,9 +19,6 @@ def main() -> None:
     except CaltechHpoError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # "caltech-hpo report | head"
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,11 +15,13 @@ from caltech_hpo.cli.options import (
     Json,
     Storage,
     answer,
+    goes_on,
     place_of,
     progress_bars,
     say,
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
+from caltech_hpo.errors import SpecError
 from caltech_hpo.study_files import base_name, load_study, study_files
 
 if TYPE_CHECKING:
@@ -68,11 +70,19 @@ def studies(
     database = open_existing(place_of(home, storage).storage)
     files = study_files()
     again = [name for name in study_names(database) if name not in files and base_name(name) in files]
-    rows = [
-        study_json(load_study(name), name, str(files.get(name) or files[base_name(name)]), database)
-        for name in sorted([*files, *again])
-    ]
+    rows, faults = [], []
+    for name in sorted([*files, *again]):
+        try:
+            spec = load_study(name)
+        except SpecError as error:  # one faulty file must not hide the others
+            faults.append(error)
+        else:
+            rows.append(study_json(spec, name, str(files.get(name) or files[base_name(name)]), database))
     answer(rows, as_json, studies_table(rows))
+    for fault in faults:
+        say(f"error: {fault}")
+    if faults:
+        raise typer.Exit(SpecError.exit_code)
 
 
 @studies_app.command("show")
@@ -109,7 +119,7 @@ def data_fetch(
     from caltech_hpo.data.download import fetch_caltech101
 
     place = place_of(home, None)
-    with progress_bars() as bars:
+    with goes_on(), progress_bars() as bars:
         folder = fetch_caltech101(place.datasets, archive=archive, progress=bars)
     answer({"folder": str(folder)}, as_json, f"Caltech-101 is in {folder}")
 

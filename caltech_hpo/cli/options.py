@@ -39,6 +39,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:K o
 Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")]
 DEFAULT_HOME = Path("storage")
 PIPE_WIDTH = 140
+INTERRUPTED = 130
 
 
 def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:
@@ -63,6 +64,16 @@ def answer(document: Any, as_json: bool, human: RenderableType) -> None:
         console = Console()
         # A pipe or a file has no width: do not squeeze tables into Rich's default of 80 columns.
         console.print(human, highlight=False, width=None if console.is_terminal else PIPE_WIDTH)
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Ctrl-C ends the command with 130 and says how to continue (typer alone would be silent)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager

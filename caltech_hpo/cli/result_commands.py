@@ -19,6 +19,7 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
+    goes_on,
     place_of,
     progress_bars,
     say,
@@ -65,7 +66,7 @@ def final(
     from caltech_hpo.results.final import plan_final
 
     place = place_of(home, storage, data)
-    with progress_bars() as bars:
+    with goes_on(), progress_bars() as bars:
         plan = plan_final(study, place, fit_on=fit_on.value, progress=bars, say=say)
     if plan.stored is not None:
         say(f"trial {plan.record.number} was scored before; the test set is not used again")
@@ -74,12 +75,17 @@ def final(
 
 
 def _retrain_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
-    from caltech_hpo.results.final import retrain, score
-
     say(
         f"retraining trial {plan.record.number} of study {plan.study.study_name} on {plan.recipe.fit_on}, "
         f"{plan.recipe.epochs} epochs"
     )
+    with goes_on():
+        return _train_and_score(plan, device, skip_unreadable)
+
+
+def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+    from caltech_hpo.results.final import retrain, score
+
     view = EpochView(Console(stderr=True), plan.recipe.epochs)
     with progress_bars() as bars, view.shown():
         epochs = []

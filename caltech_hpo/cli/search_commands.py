@@ -20,6 +20,7 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
+    goes_on,
     place_of,
     progress_bars,
     say,
@@ -28,6 +29,7 @@ from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search import run
 from caltech_hpo.search.run import Place, SearchRequest
+from caltech_hpo.search.smoke import smoke as prepare_smoke
 
 
 class PrecisionChoice(StrEnum):
@@ -88,9 +90,9 @@ def search(
         skip_unreadable=skip_unreadable, precision=precision.value if precision else None, weights=weights,
     )  # fmt: skip
     place = place_of(home, storage, data)
-    with contextlib.ExitStack() as stack:
+    with goes_on(), contextlib.ExitStack() as stack:
         if smoke:
-            request, place = stack.enter_context(run.smoke(request, place))
+            request, place = stack.enter_context(prepare_smoke(request, place))
         with progress_bars() as bars:
             opened = stack.enter_context(run.open_search(request, place, progress=bars, say=say))
         follow(opened, request)

@@ -134,7 +134,7 @@ def report_table(made: Report) -> RenderableType:
     )  # fmt: skip
     for name in columns:
         table.add_column(
-            name, justify="left" if name in ("outcome", "augmentation") else "right", overflow="fold"
+            name, justify="left" if name in ("outcome", "augmentation") else "right", no_wrap=True
         )
     for row in cells:
         table.add_row(*(escape(row[name]) for name in columns))
@@ -163,7 +163,7 @@ def _report_cells(row: ReportRow, best: int | None) -> dict[str, str]:
         "epochs": str(params["epochs"]),
         "step": str(params["step_size"]),
         "freeze": params["freeze"],
-        "augmentation": params["augmentation"],
+        "augmentation": params["augmentation"].replace("_crop", ""),
         "batch": str(params["batch_size"]),
         "loss": "-" if row.final_loss is None else f"{row.final_loss:.3g}",
         "val": percent(row.val_accuracy),

@@ -16,10 +16,11 @@ from caltech_hpo.data.loading import load_search_data, load_test_data
 from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
+from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.run import Place, Say, locate_data, open_executor
-from caltech_hpo.search.storage import DATA_ATTR, SPEC_ATTR, find_study, open_existing
+from caltech_hpo.search.storage import find_study, open_existing
 from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
 
 if TYPE_CHECKING:

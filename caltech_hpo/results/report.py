@@ -8,9 +8,10 @@ from typing import Any
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.final import FINAL_ATTR, FinalResult
 from caltech_hpo.results.plots import draw_study_curves
+from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.run import Place
-from caltech_hpo.search.storage import SPEC_ATTR, find_study, open_existing
+from caltech_hpo.search.storage import find_study, open_existing
 from caltech_hpo.spec import Frozen, Published, StudySpec
 from caltech_hpo.study_files import complete_params, load_study
 

@@ -25,9 +25,7 @@ def divergence(results: Sequence[EpochResult]) -> str:
     latest, first = results[-1], results[0]
     for name in ("training_loss", "validation_loss"):
         loss = getattr(latest, name)
-        # Only training loss is optimised; validation loss may overflow in bf16 early without harm,
-        # but NaN in it means NaN in the weights.
-        if loss is not None and (math.isnan(loss) or (name == "training_loss" and math.isinf(loss))):
+        if loss is not None and not math.isfinite(loss):
             return f"diverged: {name.replace('_', ' ')} is {loss} at epoch {latest.epoch}"
     tail = results[-CLIMB_EPOCHS:]
     limit = CLIMB * first.training_loss

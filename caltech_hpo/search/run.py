@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,8 @@ from pydantic import ValidationError
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
-from caltech_hpo.search.storage import (
-    check_unchanged,
-    default_url,
-    find_study,
-    open_storage,
-    open_study,
-    study_lock,
-)
+from caltech_hpo.search.changes import check_unchanged
+from caltech_hpo.search.storage import find_study, open_storage, open_study, study_lock
 from caltech_hpo.spec import Hyperparameters, Precision, StudySpec
 from caltech_hpo.study_files import complete_params, describe, load_study
 
@@ -32,7 +25,7 @@ if TYPE_CHECKING:
     from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.search.supervisor import SearchEvent
 
-SMOKE_TRIALS, SMOKE_EPOCHS, SMOKE_IMAGES = 2, 2, 300
+SMOKE_EPOCHS = 2
 Say = Callable[[str], None]
 
 
@@ -233,20 +226,6 @@ def open_executor(
         yield executor
     finally:
         executor.close()
-
-
-@contextlib.contextmanager
-def smoke(request: SearchRequest, place: Place) -> Iterator[tuple[SearchRequest, Place]]:
-    """The request and place of a smoke run: 2 trials of 2 epochs on 300 images, nothing kept.
-
-    Data sets stay where they are; database, lock and pixel cache go into a temporary folder.
-    """
-    with tempfile.TemporaryDirectory(prefix="caltech-hpo-smoke-") as folder:
-        scratch = Path(folder)
-        yield (
-            replace(request, trials=SMOKE_TRIALS, subset=SMOKE_IMAGES, enqueue=()),
-            replace(place, storage=default_url(scratch), scratch=scratch),
-        )
 
 
 def shortened(spec: StudySpec) -> StudySpec:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.spec import Choices, IntRange, Precision, Recipe, StudySpec
+from caltech_hpo.spec import Choices, Dimension, IntRange, Precision, Recipe, StudySpec
 
 if TYPE_CHECKING:
     import optuna
@@ -23,16 +24,24 @@ class Binding:
 
 
 def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, Any]:
-    """Draws a value for each dimension of the space, in the file's order."""
+    """Draws a value for each dimension of the space, in the file's order.
+
+    A queued trial keeps its queued values, also numbers outside the space.
+    """
     params: dict[str, Any] = {}
-    for name, dimension in spec.space.items():
-        if isinstance(dimension, Choices):
-            params[name] = trial.suggest_categorical(name, dimension.choices)
-        elif isinstance(dimension, IntRange):
-            params[name] = trial.suggest_int(name, dimension.low, dimension.high, step=dimension.step)
-        else:
-            params[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Fixed parameter .* is out of range")
+        for name, dimension in spec.space.items():
+            params[name] = _suggest_one(trial, name, dimension)
     return params
+
+
+def _suggest_one(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, Choices):
+        return trial.suggest_categorical(name, dimension.choices)
+    if isinstance(dimension, IntRange):
+        return trial.suggest_int(name, dimension.low, dimension.high, step=dimension.step)
+    return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
 
 
 def recipe_for(spec: StudySpec, params: dict[str, Any], binding: Binding) -> Recipe:

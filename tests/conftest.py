@@ -1,0 +1,44 @@
+"""Fixtures: image folders that the tests write, the real images where they are, a clean environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tensors here are tiny: threads would only wait for each other. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from helpers import write_folders
+
+CALTECH101 = Path(__file__).parents[2] / "shared" / "data" / "caltech101"
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """A user's own settings must not reach the tests."""
+    for name in ("HOME", "STORAGE", "DATA"):
+        monkeypatch.delenv(f"CALTECH_HPO_{name}", raising=False)
+
+
+@pytest.fixture(scope="session")
+def caltech101() -> Path:
+    """The real images."""
+    if not CALTECH101.is_dir():
+        pytest.skip(f"needs the real images at {CALTECH101}")
+    return CALTECH101
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """Three classes of nine images."""
+    return write_folders(tmp_path / "images")

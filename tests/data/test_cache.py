@@ -1,0 +1,139 @@
+"""The pixel cache: right pixels, whole or absent, faults named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import write_image
+from PIL import Image
+
+from caltech_hpo.data import cache
+from caltech_hpo.data.cache import build_cache, decode_image, open_cache
+from caltech_hpo.data.dataset import Sample, scan
+from caltech_hpo.data.loading import load_search_data, load_test_data, thin
+from caltech_hpo.errors import DataError, UnreadableImagesError
+
+
+def build(index, folder, **options):
+    return build_cache(index.root, index.training, 32, folder, label="training", **options)
+
+
+def test_the_cache_holds_what_decoding_gives(folders, tmp_path):
+    index = scan(folders)
+    data = open_cache(build(index, tmp_path / "cache"))
+    assert data.labels.tolist() == [sample.label for sample in index.training]
+    for image, sample in zip(data.images, index.training, strict=True):
+        assert np.array_equal(image, decode_image(folders / sample.path, 32))
+    both = data + data
+    assert len(both) == 2 * len(data) and both.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((48, 40), (32, 38, 3)), ((40, 48), (38, 32, 3)), ((200, 20), (32, 320, 3)), ((9, 9), (32, 32, 3))],
+)
+def test_the_short_side_is_resized_and_the_aspect_kept(tmp_path, size, shape):
+    assert decode_image(write_image(tmp_path / "a.png", 0, size=size), 32).shape == shape
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = write_image(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), 0, mode=mode)
+    pixels = decode_image(path, 32)
+    assert pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if mode == "L":
+        assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (32, 1, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to display
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    assert decode_image(tmp_path / "a.jpg", 32).shape == (64, 32, 3)
+
+
+def test_content_decides_the_format_and_others_are_refused(tmp_path):
+    write_image(tmp_path / "a.png", 0)
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert decode_image(tmp_path / "a.jpg", 32).shape == (32, 38, 3)
+    (tmp_path / "evil.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    with pytest.raises(Exception, match="cannot identify"):
+        decode_image(tmp_path / "evil.jpg", 32)
+
+
+def test_a_second_build_reads_nothing(folders, tmp_path, monkeypatch):
+    first = build(scan(folders), tmp_path / "cache")
+    monkeypatch.setattr(cache, "decode_image", None)
+    assert build(scan(folders), tmp_path / "cache") == first
+
+
+def test_a_changed_file_or_size_is_another_cache(folders, tmp_path):
+    index = scan(folders)
+    first = build(index, tmp_path / "cache")
+    assert first != build_cache(index.root, index.training, 40, tmp_path / "cache", label="training")
+    write_image(folders / index.training[0].path, 5, size=(50, 50))
+    assert first != build(scan(folders), tmp_path / "cache")
+
+
+def test_unreadable_images_are_named_or_skipped(folders, tmp_path):
+    index = scan(folders)
+    bad = index.training[1].path
+    (folders / bad).write_bytes((folders / bad).read_bytes()[:200])
+    for _ in range(2):  # also when the cache is there already
+        with pytest.raises(UnreadableImagesError, match=f"1 unreadable image.*\n.*{bad}"):
+            build(index, tmp_path / "cache")
+    data = open_cache(build(index, tmp_path / "cache", skip_unreadable=True))
+    assert len(data) == len(index.training) - 1
+    assert index.training[0].label == data.labels[0]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_a_truncated_cache_is_refused(folders, tmp_path, keep):
+    path = build(scan(folders), tmp_path / "cache")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match="damaged"):
+        open_cache(path)
+
+
+def test_a_failed_build_leaves_nothing(folders, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    with pytest.raises(DataError, match="the disk is full"):
+        build(scan(folders), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_two_processes_may_race(folders, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from caltech_hpo.data.dataset import scan; "
+        "from caltech_hpo.data.cache import build_cache, open_cache; index = scan(Path(sys.argv[1])); "
+        "path = build_cache(index.root, index.training, 32, Path(sys.argv[2]), label='t'); "
+        "print(path, len(open_cache(path)))"
+    )
+    command = [sys.executable, "-c", code, str(folders), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    answers = {process.communicate(timeout=60)[0] for process in running}
+    assert len(answers) == 1 and answers.pop().strip().endswith(" 9")
+
+
+def test_splits_have_files_of_their_own(folders, tmp_path):
+    index = scan(folders)
+    search = load_search_data(index, 32, tmp_path)
+    test = load_test_data(index, 32, tmp_path)
+    assert len({search.training_cache, search.validation_cache, test.test_cache}) == 3
+    assert len(search.open_training()) == len(search.open_validation()) == len(test.open_test()) == 9
+    assert search.fingerprint == test.fingerprint == index.fingerprint
+    small = load_search_data(index, 32, tmp_path, subset=3)
+    assert len(small.open_training()) == 3 and small.fingerprint != search.fingerprint
+
+
+def test_thinning_spreads_over_the_classes():
+    samples = [Sample(f"{i // 100}/{i}", i // 100) for i in range(1000)]
+    assert {sample.label for sample in thin(samples, 50)} == set(range(10))
+    assert thin(samples[:5], 50) == tuple(samples[:5])

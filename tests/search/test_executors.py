@@ -1,0 +1,130 @@
+"""Both executors on real data; real processes that die, are replaced, and are told to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+
+import pytest
+from helpers import write_folders
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.search.executors import InlineExecutor, ProcessExecutor
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerConfig
+from caltech_hpo.spec import Recipe
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("executors")
+    data = load_search_data(scan(write_folders(folder / "images")), 36, folder / "cache")
+    return WorkerConfig(data, "cpu", 1, "resnet18", "none")
+
+
+def recipe(**changes):
+    values = {
+        "architecture": "resnet18", "resize": 36, "crop": 32, "batch_size": 3, "learning_rate": 0.01,
+        "epochs": 2, "precision": "fp32", "classes": 3, "data": "x",
+    }  # fmt: skip
+    return Recipe.model_validate(values | changes)
+
+
+def play(executor, job, stop_after=99):
+    """Submits a job and answers its epochs; returns all events."""
+    executor.submit(job)
+    events = [executor.next_event()]
+    while isinstance(events[-1], EpochDone):
+        executor.answer(job.number, len(events) < stop_after)
+        events.append(executor.next_event())
+    return events
+
+
+def scores(events):
+    return [event.result.model_dump(exclude={"seconds"}) for event in events if isinstance(event, EpochDone)]
+
+
+def test_inline_and_processes_train_alike(config, tmp_path):
+    inline, local = InlineExecutor(config), ProcessExecutor(config, 1)
+    try:
+        assert inline.ready == local.ready
+        assert inline.ready.precision in ("bf16", "fp32") and "torch" in inline.ready.versions
+        here = play(inline, Job(0, recipe()))
+        there = play(local, Job(0, recipe(), keep=tmp_path / "best.safetensors"))
+        assert scores(here) == scores(there) and len(scores(here)) == 2
+        assert here[-1] == there[-1] == Finished(0)
+        assert (tmp_path / "best.safetensors").stat().st_size > 40_000_000
+        assert scores(play(local, Job(1, recipe()))) == scores(here)  # a warm worker remembers nothing
+        stopped = play(local, Job(2, recipe(epochs=9)), stop_after=1)
+        assert len(scores(stopped)) == 1 and stopped[-1] == Finished(2)
+        for executor in (inline, local):
+            failed = play(executor, Job(3, recipe(weights="absent.pth")))[-1]
+            assert isinstance(failed, Failed) and failed.kind == "refused" and "absent.pth" in failed.message
+            bug = play(executor, Job(4, recipe(classes=2)))[-1]  # labels beyond the head
+            assert isinstance(bug, Failed) and bug.kind == "bug" and "Traceback" in bug.message
+            assert executor.free == 1
+    finally:
+        local.close()
+
+
+def test_a_killed_worker_is_reported_and_replaced(config):
+    executor = ProcessExecutor(config, 2)
+    try:
+        assert executor.free == 2
+        executor.submit(Job(0, recipe(epochs=50)))
+        executor.submit(Job(1, recipe(epochs=1)))
+        pids = {child.pid for child in multiprocessing.active_children()}
+        first = executor.next_event()
+        os.kill(next(w.process.pid for w in executor._workers if w.job == 0), signal.SIGKILL)
+        seen = [first]
+        while not (any(isinstance(e, Died) for e in seen) and any(isinstance(e, Finished) for e in seen)):
+            if isinstance(seen[-1], EpochDone):
+                executor.answer(seen[-1].job, True)
+            seen.append(executor.next_event())
+        assert Died(0, -signal.SIGKILL) in seen and Finished(1) in seen
+        assert executor.free == 2
+        assert {child.pid for child in multiprocessing.active_children()} != pids
+        assert play(executor, Job(2, recipe(epochs=1)))[-1] == Finished(2)
+    finally:
+        executor.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_the_executor_even_in_mid_epoch(config):
+    executor = ProcessExecutor(config, 2)
+    executor.submit(Job(0, recipe(epochs=10_000)))
+    executor.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"device": "cuda:99"}, UsageError), ({"weights": "absent.pth"}, WeightsError)],
+)
+def test_what_a_worker_refuses_is_raised_before_any_job(config, change, error):
+    with pytest.raises(error):
+        ProcessExecutor(dataclasses.replace(config, **change), 2)
+    assert not multiprocessing.active_children()
+    with pytest.raises(error):
+        InlineExecutor(dataclasses.replace(config, **change))
+
+
+def test_memory_that_runs_out_is_an_outcome(config):
+    events = play(InlineExecutor(config), Job(0, recipe(crop=2048, resize=2048)))
+    assert isinstance(events[-1], Failed)  # the cache holds 36 pixels: a bug, not memory
+    import torch
+
+    from caltech_hpo.search import worker
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    original, worker.model_for = worker.model_for, exhausted
+    try:
+        events = play(InlineExecutor(config), Job(0, recipe()))
+    finally:
+        worker.model_for = original
+    assert events == [Failed(0, "out of memory", "tried to allocate 20 GiB")]

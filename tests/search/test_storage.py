@@ -1,0 +1,132 @@
+"""The study database: what is refused, the lock, and a study that has changed."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from caltech_hpo.errors import StorageError, UsageError
+from caltech_hpo.search.changes import check_unchanged
+from caltech_hpo.search.storage import (
+    default_url,
+    find_study,
+    open_existing,
+    open_storage,
+    open_study,
+    shown,
+    study_lock,
+    study_names,
+)
+from caltech_hpo.spec import Choices, FloatRange
+from caltech_hpo.study_files import load_study
+
+
+@pytest.fixture
+def url(tmp_path):
+    return default_url(tmp_path)
+
+
+def test_a_database_is_made_and_found_again(url, tmp_path):
+    assert open_existing(url) is None and not (tmp_path / "studies.db").exists()
+    storage = open_storage(url)
+    open_study(storage, "demo", load_study("demo"), "x", sampler_seed=0, allow_changed=False)
+    again = open_existing(url)
+    assert study_names(again) == ["demo"]
+    study = find_study(again, "demo")
+    assert study.metric_names == ["validation top-1 accuracy"]
+    assert study.user_attrs["spec_hash"] == load_study("demo").hash
+    assert find_study(again, "absent") is None
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "folder", "other program", "damaged"])
+def test_what_is_no_study_database_is_refused_and_left_alone(url, tmp_path, kind):
+    path = tmp_path / "studies.db"
+    if kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("these are my notes, not a database\n" * 100)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "other program":
+        with sqlite3.connect(path) as connection:
+            connection.execute("CREATE TABLE recipes (name TEXT)")
+        connection.close()
+    else:
+        open_storage(url)
+        path.write_bytes(path.read_bytes()[:1000] + b"\xff" * 5000)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(StorageError, match=r"studies\.db"):
+        open_storage(url)
+    assert before is None or path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["nonsense", "sqlite:////proc/none/x.db", "postgresql+psycopg://me:secret@127.0.0.1:9/db", "foo://x"],
+)
+def test_a_url_that_cannot_be_opened(bad):
+    with pytest.raises(StorageError) as raised:
+        open_storage(bad)
+    assert "secret" not in str(raised.value)
+
+
+def test_passwords_are_hidden(tmp_path):
+    assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert shown(default_url(tmp_path)) == str(tmp_path / "studies.db")
+
+
+def test_one_supervisor_a_study(tmp_path):
+    code = "import sys; from pathlib import Path; from caltech_hpo.search.storage import study_lock\n"
+    code += "with study_lock(Path(sys.argv[1]), 'a'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(StorageError, match="another search on study 'a' is running"),
+            study_lock(tmp_path, "a"),
+        ):
+            pass
+        with study_lock(tmp_path, "b"):
+            pass
+        holder.kill()
+        holder.wait()
+    with study_lock(tmp_path, "a"):  # the system released it
+        pass
+
+
+def changed(spec, **fields):
+    return spec.model_copy(update=fields)
+
+
+def test_a_changed_study_is_refused_with_the_difference_and_the_ways_out(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
+    check_unchanged(study, "demo", changed(spec, about="other words"), "x", allow_changed=False)
+    wider = changed(spec, space=spec.space | {"learning_rate": FloatRange(low=0.01, high=0.5, log=True)})
+    with pytest.raises(UsageError) as raised:
+        open_study(storage, "demo", wider, "x", sampler_seed=0, allow_changed=False)
+    message = str(raised.value)
+    assert "space.learning_rate.low: 0.001 -> 0.01" in message
+    assert "--study demo@2" in message and "--allow-changed" in message
+    study = open_study(storage, "demo", wider, "x", sampler_seed=0, allow_changed=True)
+    assert study.user_attrs["spec_hash"] == wider.hash
+    check_unchanged(study, "demo", wider, "x", allow_changed=False)
+
+
+def test_changed_choices_cannot_be_mixed(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo@2", spec, "x", sampler_seed=0, allow_changed=False)
+    other = changed(spec, space=spec.space | {"batch_size": Choices(choices=(32, 64))})
+    with pytest.raises(UsageError, match=r"cannot be mixed(.|\n)*batch_size(.|\n)*demo@3"):
+        check_unchanged(study, "demo@2", other, "x", allow_changed=True)
+
+
+def test_other_data_is_refused(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
+    check_unchanged(study, "demo", spec, None, allow_changed=False)
+    with pytest.raises(UsageError, match="data set: x -> y"):
+        check_unchanged(study, "demo", spec, "y", allow_changed=False)

@@ -1,0 +1,251 @@
+"""The supervisor's loop on a worker that returns made-up epochs, over a real SQLite database."""
+
+from __future__ import annotations
+
+import math
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready
+from caltech_hpo.search.records import best_record, finished_count, trial_records
+from caltech_hpo.search.space import Binding, suggest
+from caltech_hpo.search.storage import default_url, open_storage, open_study
+from caltech_hpo.search.supervisor import Requeued, Supervisor, TrialEnded, TrialStarted, WorkerBugError
+from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec
+from caltech_hpo.study_files import load_study
+
+BINDING = Binding(classes=10, data="x", seed=0, precision="fp32")
+
+
+def epoch(number, accuracy, loss=1.0):
+    return EpochResult(
+        epoch=number, learning_rate=0.1, training_loss=loss, validation_loss=1.0,
+        validation_top1=accuracy, images=10, seconds=1.0,
+    )  # fmt: skip
+
+
+def steady(job):
+    """Accuracy 0.5 in every epoch of the recipe."""
+    for number in range(1, job.recipe.epochs + 1):
+        yield EpochDone(job.number, epoch(number, 0.5))
+    yield Finished(job.number)
+
+
+class Scripted:
+    """An executor whose workers play a script, one event of each in turn."""
+
+    def __init__(self, script=steady, workers=1):
+        self.script, self.workers = script, workers
+        self.jobs, self.events, self.stopped, self.most = [], {}, set(), 0
+        self.ready = Ready("cpu", "fp32", {"torch": "0"})
+
+    @property
+    def free(self):
+        return self.workers - len(self.events)
+
+    def submit(self, job):
+        assert self.free > 0
+        self.jobs.append(job)
+        self.events[job.number] = self.script(job)
+        self.most = max(self.most, len(self.events))
+
+    def next_event(self):
+        number = next(iter(self.events))
+        script = self.events.pop(number)
+        event = Finished(number) if number in self.stopped else next(script)
+        if isinstance(event, EpochDone):
+            self.events[number] = script  # to the end of the line
+        return event
+
+    def answer(self, job, go_on):
+        if not go_on:
+            self.stopped.add(job)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(default_url(tmp_path))
+
+
+SPEC = load_study("demo")
+
+
+def supervise(storage, executor, trials, spec=SPEC, **options):
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=True)
+    run = Supervisor(study, storage, spec, executor, BINDING, **options)
+    return study, list(run.run(trials))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_n_trials_asked_are_n_trials_finished(storage, workers):
+    executor = Scripted(workers=workers)
+    study, events = supervise(storage, executor, 20)
+    assert finished_count(trial_records(study)) == len(study.trials) == 20
+    assert sum(isinstance(event, TrialStarted) for event in events) == 20
+    assert executor.most == workers
+    points = {str(trial.params) for trial in study.trials}
+    assert len(points) == 20  # the sampler never proposed a point twice
+
+
+def test_the_same_call_continues_and_then_does_nothing(storage):
+    supervise(storage, Scripted(), 2)
+    study, events = supervise(storage, Scripted(), 5)
+    assert sum(isinstance(event, TrialEnded) for event in events) == 3
+    assert supervise(storage, Scripted(), 5)[1] == []
+    assert len({str(trial.params) for trial in study.trials}) == 5
+
+
+def rows(*names):
+    return tuple(
+        Baseline(name=name, params={"learning_rate": 0.01 * (i + 1), "epochs": 4})
+        for i, name in enumerate(names)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_each_baseline_runs_once_and_first(storage, workers):
+    spec = SPEC.model_copy(update={"baselines": rows("a", "b", "c")})
+    supervise(storage, Scripted(workers=workers), 2, spec)
+    study, _ = supervise(storage, Scripted(workers=workers), 10, spec)
+    assert [trial.user_attrs.get("baseline") for trial in study.trials][:4] == ["a", "b", "c", None]
+    assert [trial.params["learning_rate"] for trial in study.trials][:3] == [0.01, 0.02, 0.03]
+    assert not study.get_trials(states=(TrialState.WAITING,))
+
+
+def test_baselines_can_be_left_out(storage):
+    study, _ = supervise(storage, Scripted(), 2, baselines=False)
+    assert not any("baseline" in trial.user_attrs for trial in study.trials)
+
+
+def test_a_trial_keeps_what_happened(storage):
+    def script(job):
+        for number, accuracy in enumerate(
+            [0.2, 0.6, 0.6, 0.4, 0.3, 0.3, 0.3, 0.3][: job.recipe.epochs], start=1
+        ):
+            yield EpochDone(job.number, epoch(number, accuracy, loss=1 / number))
+        yield Finished(job.number)
+
+    study, _ = supervise(storage, Scripted(script), 1)
+    (trial,) = study.trials
+    (record,) = trial_records(study)
+    assert trial.value == record.value == 0.6  # the best epoch, as the report scores it
+    assert trial.user_attrs["best_epoch"] == record.best_epoch == 2
+    assert trial.user_attrs["epochs_run"] == len(record.epochs) == trial.params["epochs"]
+    assert trial.user_attrs["stop_reason"] == "finished"
+    assert trial.user_attrs["final_loss"] == record.final_loss == 1 / trial.params["epochs"]
+    for name in ("recipe_hash", "seconds", "device", "precision", "versions"):
+        assert name in trial.user_attrs
+    assert record.recipe.hash == trial.user_attrs["recipe_hash"]
+    assert [record.epochs[0].epoch, record.epochs[1].validation_top1] == [1, 0.6]
+
+
+def test_divergence_prunes_is_never_best_and_teaches_the_sampler(storage):
+    def script(job):
+        first = job.number == 0
+        for number in range(1, job.recipe.epochs + 1):
+            yield EpochDone(job.number, epoch(number, 0.9 if first else 0.5, math.nan if first else 1.0))
+        yield Finished(job.number)
+
+    study, events = supervise(storage, Scripted(script), 2)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].user_attrs["stop_reason"].startswith("diverged: training loss is nan at epoch 1")
+    assert study.trials[0].user_attrs["final_loss"] == "nan"
+    assert study.trials[0].user_attrs["epochs_run"] == 1
+    assert study.best_trial.number == 1 == best_record(trial_records(study)).number
+    assert study.trials[0].value == 0.9  # a value that TPE reads for pruned trials
+    ended = [event for event in events if isinstance(event, TrialEnded)]
+    assert [event.state for event in ended] == ["pruned", "complete"]
+
+
+def test_a_lagging_trial_is_pruned_after_the_warm_up(storage):
+    spec = SPEC.model_copy(update={"pruner": PrunerSpec(name="median", startup_trials=1, warmup_epochs=3)})
+
+    def script(job):
+        for number in range(1, job.recipe.epochs + 1):
+            yield EpochDone(job.number, epoch(number, 0.5 if job.number == 0 else 0.1))
+        yield Finished(job.number)
+
+    study, _ = supervise(storage, Scripted(script), 2, spec)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert study.trials[1].user_attrs["epochs_run"] == 3
+    assert study.trials[1].user_attrs["stop_reason"] == "lagging: median pruner at epoch 3"
+
+
+def test_an_interrupted_search_gives_its_trials_back(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    run = Supervisor(study, storage, SPEC, Scripted(workers=2), BINDING).run(4)
+    params = [next(run).params for _ in range(2)]
+    next(run)
+    run.close()
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "WAITING", "WAITING"]
+    assert {trial.user_attrs["stop_reason"] for trial in study.trials[:2]} == {"interrupted"}
+    study, _ = supervise(storage, Scripted(), 4)
+    done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert len(done) == 4
+    assert [trial.params for trial in done[:2]] == params
+    assert done[0].user_attrs["baseline"] == SPEC.baselines[0].name
+    assert sum("baseline" in trial.user_attrs for trial in done) == 1
+
+
+def test_trials_of_a_dead_search_are_run_again(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    params = suggest(study.ask(), SPEC)  # as after kill -9: running, and nobody tells it
+    study.ask()  # killed before its parameters were drawn
+    again, events = supervise(storage, Scripted(), 3)
+    assert [type(event) for event in events[:2]] == [Requeued, Requeued]
+    states = [trial.state.name for trial in again.trials]
+    assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert again.trials[2].params == params
+    assert "interrupted" in again.trials[0].user_attrs["stop_reason"]
+
+
+def failing(kind, times):
+    """A script whose first `times` jobs end badly in their second epoch."""
+
+    def script(job):
+        yield EpochDone(job.number, epoch(1, 0.3))
+        if job.number < times:
+            yield Died(job.number, -9) if kind == "died" else Failed(job.number, kind, "line 1\nthe reason")
+        else:
+            yield Finished(job.number)
+
+    return script
+
+
+def test_out_of_memory_ends_the_trial_not_the_search(storage):
+    study, _ = supervise(storage, Scripted(failing("out of memory", 2)), 2)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[0].user_attrs["stop_reason"] == "out of memory: the reason"
+
+
+def test_a_dead_workers_trial_is_run_again(storage):
+    study, _ = supervise(storage, Scripted(failing("died", 1)), 2)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[0].params == study.trials[1].params
+    assert study.trials[1].user_attrs["baseline"] == SPEC.baselines[0].name
+    assert study.trials[0].user_attrs["stop_reason"] == "worker died (exit code -9)"
+
+
+@pytest.mark.parametrize("kind", ["out of memory", "died"])
+def test_three_failures_in_a_row_end_the_search(storage, kind):
+    with pytest.raises(CaltechHpoError, match="3 trials in a row failed"):
+        supervise(storage, Scripted(failing(kind, 99)), 5)
+
+
+def test_a_bug_in_a_worker_ends_the_search_and_is_written_down(storage):
+    with pytest.raises(WorkerBugError, match="the reason"):
+        supervise(storage, Scripted(failing("bug", 1)), 5)
+    study = optuna.load_study(study_name="demo", storage=storage)
+    assert study.trials[0].user_attrs["stop_reason"] == "bug: the reason"
+
+
+def test_after_the_time_is_up_no_trial_begins(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    events = list(Supervisor(study, storage, SPEC, Scripted(), BINDING).run(50, seconds=0.0))
+    assert events == []

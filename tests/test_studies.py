@@ -1,0 +1,168 @@
+"""Study files: what is built in, what is refused, and that a spec knows its space."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caltech_hpo.errors import SpecError, UsageError
+from caltech_hpo.spec import Choices, FloatRange, Hyperparameters, IntRange, Recipe
+from caltech_hpo.study_files import complete_params, load_study, parse_study, read_study, study_files
+
+BUILT_IN = {
+    "demo",
+    "alexnet-scratch",
+    "alexnet-transfer",
+    "alexnet-freeze",
+    "alexnet-augment",
+    "resnet18-transfer",
+    "resnet18-scratch",
+    "vgg16-transfer",
+}
+MINIMAL = """
+[recipe]
+architecture = "resnet18"
+[space]
+learning_rate = { low = 0.001, high = 0.1, log = true }
+"""
+ROW = '\n[[baselines]]\nname = "a"\n'
+
+
+def parse(text: str):
+    return parse_study(tomllib.loads(text), name="mine", source="studies/mine.toml")
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_built_in_studies_load_and_say_how_to_run_them(name):
+    spec = load_study(name)
+    assert f"caltech-hpo search --study {name}" in spec.about
+    for row in spec.baselines:
+        params = complete_params(spec, row.params)
+        assert all(spec.space[key].contains(value) for key, value in params.items())
+
+
+def test_the_reports_rows_are_all_there():
+    rows = {name: len(load_study(name).baselines) for name in BUILT_IN}
+    assert rows["alexnet-scratch"] == 6
+    assert rows["alexnet-transfer"] == 7
+    assert rows["alexnet-freeze"] == 3
+    assert rows["alexnet-augment"] == 4
+    assert rows["resnet18-transfer"] == rows["vgg16-transfer"] == 1
+    published = {row.name: row.published for row in load_study("alexnet-scratch").baselines}
+    assert published["LR 0.05, 50 epochs, step 35"].test == 0.54
+
+
+def test_the_scratch_pruner_survives_the_plateau():
+    assert load_study("alexnet-scratch").pruner.warmup_epochs > 9
+
+
+def test_studies_in_the_current_folder_add_and_win(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "mine.toml").write_text(MINIMAL)
+    (tmp_path / "studies" / "demo.toml").write_text("# my own demo\n" + MINIMAL)
+    assert set(study_files()) == BUILT_IN | {"mine"}
+    assert load_study("demo").about == "my own demo"
+    assert load_study("mine@2").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("alexnet-scrach", "did you mean 'alexnet-scratch'"),
+        ("zzz", "caltech-hpo studies"),
+        ("../demo", "is no study name"),
+        ("", "is no study name"),
+        ("a" * 101, "is no study name"),
+        ("[bold]", "is no study name"),
+    ],
+)
+def test_unknown_names(name, words):
+    with pytest.raises(UsageError, match=words.replace("[", r"\[")):
+        load_study(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", ["recipe: missing"]),
+        ("colour = 1\n" + MINIMAL, ["colour: unknown section"]),
+        ('data = "imagenet"\n' + MINIMAL, ["data: 'imagenet' is not one of"]),
+        ('[recipe]\narchitecture = "vgg"\nbatch_size = 0', ["recipe.architecture", "recipe.batch_size"]),
+        ('[recipe]\narchitecture = "alexnet"\ncrop = 300', ["recipe: crop 300 is larger than resize 256"]),
+        ('[recipe]\narchitecture = "alexnet"\ncrop = 32\nresize = 40', ["alexnet needs at least 63"]),
+        (MINIMAL + "lr = { low = 1, high = 2 }", ["space.lr: cannot be searched"]),
+        (MINIMAL + "epochs = 5", ["space.epochs: write {"]),
+        (MINIMAL + "epochs = { low = 9, high = 5 }", ["space.epochs: low 9 must be below high 5"]),
+        (MINIMAL + "epochs = { low = 1, high = 6, step = 2 }", ["not low 1 plus a multiple of step 2"]),
+        (MINIMAL + "epochs = { low = 0, high = 6 }", ["space.epochs.low"]),
+        (MINIMAL + "momentum = { low = 0.5, high = 1.5 }", ["space.momentum.high"]),
+        (MINIMAL + 'freeze = { choices = ["all"] }', ["space.freeze.choices[0]"]),
+        (MINIMAL + "freeze = { choices = [] }", ["space.freeze.choices"]),
+        (MINIMAL + 'freeze = { low = 1, high = 2 }', ["space.freeze: needs { choices"]),
+        (MINIMAL + '[sampler]\nname = "grid"', ["sampler.name"]),
+        (MINIMAL + '[pruner]\nwarmup = 3', ["pruner.warmup"]),
+        (MINIMAL + ROW + "params = { learning_rate = 5.0 }", ["baselines[0].params.learning_rate"]),
+        (MINIMAL + ROW + "params = { epochs = 5 }", ["baselines[0].params.epochs: not in [space]"]),
+        (
+            MINIMAL + "epochs = { low = 2, high = 4 }" + ROW + "params = { }",
+            ["recipe.epochs = 30 is outside the space"],
+        ),
+    ],
+)  # fmt: skip
+def test_every_error_is_named_with_its_key(text, lines):
+    with pytest.raises(SpecError) as raised:
+        parse(text)
+    message = str(raised.value)
+    assert message.startswith("studies/mine.toml: ")
+    for line in lines:
+        assert line in message
+
+
+def test_all_errors_come_at_once():
+    text = (
+        'x = 1\n[recipe]\narchitecture = "vgg"\n[space]\nlr = 3\n[sampler]\nname = "?"\n[pruner]\nname = "?"'
+    )
+    with pytest.raises(SpecError, match=r"5 error\(s\)"):
+        parse(text)
+
+
+def test_bad_toml_names_the_file_and_the_line(tmp_path):
+    path = tmp_path / "broken.toml"
+    path.write_text("[recipe]\narchitecture = alexnet\n")
+    with pytest.raises(SpecError, match=r"broken\.toml: not valid TOML: .*line 2"):
+        read_study(path)
+
+
+def test_hashes_follow_content_not_names():
+    spec = parse(MINIMAL)
+    assert spec.hash == spec.model_copy(update={"name": "other", "about": "words"}).hash
+    changed = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"epochs": 31})})
+    assert spec.hash != changed.hash
+    recipe = Recipe(architecture="alexnet", classes=3, data="x")
+    assert recipe.hash == Recipe.model_validate_json(recipe.model_dump_json()).hash
+    assert recipe.hash != recipe.model_copy(update={"seed": 1}).hash
+
+
+@given(low=st.integers(1, 50), steps=st.integers(1, 20), step=st.integers(1, 7), value=st.integers(0, 250))
+def test_an_integer_range_holds_its_grid_and_nothing_else(low, steps, step, value):
+    dimension = IntRange(low=low, high=low + steps * step, step=step)
+    assert dimension.contains(value) == (value in range(low, low + steps * step + 1, step))
+
+
+@given(st.floats(1e-6, 1.0), st.floats(1.0001, 10.0), st.floats(-1, 20))
+def test_a_float_range_holds_its_ends(low, high, value):
+    dimension = FloatRange(low=low, high=high, log=True)
+    assert dimension.contains(low) and dimension.contains(high)
+    assert dimension.contains(value) == (low <= value <= high)
+
+
+def test_longest_training():
+    recipe = Hyperparameters(architecture="alexnet", epochs=7)
+    spec = parse(MINIMAL).model_copy(update={"recipe": recipe})
+    assert spec.most_epochs == 7
+    assert spec.model_copy(update={"space": {"epochs": IntRange(low=3, high=9)}}).most_epochs == 9
+    assert spec.model_copy(update={"space": {"epochs": Choices(choices=(3, 5))}}).most_epochs == 5

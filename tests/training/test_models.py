@@ -1,0 +1,172 @@
+"""Architectures, heads, freeze modes, weights files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.spec import Architecture
+from caltech_hpo.training.models import (
+    ARCHITECTURES,
+    apply_freeze,
+    build_model,
+    imagenet_file,
+    training_mode,
+    weights_sha256,
+)
+from caltech_hpo.training.summary import summarize
+
+SMALL = "resnet18"  # the quickest to build
+# Parameters with torchvision's 1,000 classes, from https://pytorch.org/vision/stable/models.html
+PUBLISHED_PARAMETERS = {
+    "alexnet": 61_100_840,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+}
+# Multiply-adds of one 224-pixel image in units of 1e9, from the same page.
+PUBLISHED_GIGA_MACS = {
+    "alexnet": 0.71, "resnet18": 1.81, "resnet34": 3.66, "resnet50": 4.09, "vgg16": 15.47, "vgg16_bn": 15.47,
+}  # fmt: skip
+
+
+def test_the_table_and_the_spec_know_the_same_architectures():
+    assert set(ARCHITECTURES) == set(Architecture.__args__)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_summaries_agree_with_the_published_figures(name):
+    row = summarize(name, classes=1000)
+    assert row.parameters == PUBLISHED_PARAMETERS[name]
+    assert row.flops / 2e9 == pytest.approx(PUBLISHED_GIGA_MACS[name], rel=0.02)
+    layers = {"alexnet": 8, "vgg16_bn": 16}.get(name) or int("".join(c for c in name if c.isdigit()))
+    assert row.layers == layers
+    assert summarize(name, classes=10).head_parameters < row.head_parameters
+    assert row.activation_bytes > 0
+
+
+def test_activation_memory_is_what_autograd_keeps():
+    """Counted again on real tensors for AlexNet, by hand for its first layer."""
+    first = 64 * 55 * 55 * 4  # conv1's output after the in-place ReLU, fp32
+    small, large = summarize("alexnet", crop=64), summarize("alexnet", crop=224)
+    assert first < large.activation_bytes < 10 * first
+    assert small.activation_bytes < large.activation_bytes
+
+
+def test_a_crop_too_small_is_refused():
+    with pytest.raises(UsageError, match="too small for alexnet"):
+        summarize("alexnet", crop=40)
+
+
+def test_weights_come_from_the_seed_alone():
+    torch.manual_seed(1)
+    before = torch.rand(1)
+    torch.manual_seed(1)
+    one, two, three = (build_model(SMALL, "none", 5, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.rand(1), before)  # the caller's generator is left alone
+    assert torch.equal(one.fc.weight, two.fc.weight)
+    assert not torch.equal(one.fc.weight, three.fc.weight)
+    assert one.fc.weight.shape == (5, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("alexnet", "classifier"), ("resnet18", "fc"), ("vgg16_bn", "classifier")]
+)
+def test_freeze_modes(name, parts):
+    with torch.device("meta"):
+        model = models.get_model(name, num_classes=4)
+    for freeze, classifier, features in [("none", 1, 1), ("features", 1, 0), ("classifier", 0, 1)]:
+        apply_freeze(model, name, freeze)
+        for key, parameter in model.named_parameters():
+            assert parameter.requires_grad == bool(classifier if key.startswith(parts) else features), key
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    model = build_model(SMALL, "none", 4, seed=0)
+    apply_freeze(model, SMALL, "features")
+    training_mode(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 32, 32))
+    assert torch.equal(model.bn1.running_mean, before)
+    apply_freeze(model, SMALL, "classifier")
+    training_mode(model)
+    assert all(norm.training for norm in norms)
+    model(torch.randn(4, 3, 32, 32))
+    assert not torch.equal(model.bn1.running_mean, before)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torchvision's own cache folder, in the layout that it expects, with weights that the test made."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub"
+
+
+def test_imagenet_weights_come_through_torchvisions_cache(hub):
+    donor = models.resnet18(num_classes=1000)
+    path, url = imagenet_file(SMALL)
+    assert path.parent == hub / "checkpoints" and url.endswith(path.name)
+    torch.save(donor.state_dict(), path)
+    model = build_model(SMALL, "imagenet", 5, seed=0)
+    assert torch.equal(model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    assert torch.equal(model.bn1.running_var, donor.bn1.running_var)
+    assert model.fc.out_features == 5
+    assert torch.equal(model.fc.weight, build_model(SMALL, "none", 5, seed=0).fc.weight)
+
+
+def test_without_a_network_the_error_says_which_file_goes_where(hub, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(WeightsError) as raised:
+        build_model("alexnet", "imagenet", 5, seed=0)
+    path, url = imagenet_file("alexnet")
+    assert (
+        str(path) in str(raised.value) and url in str(raised.value) and "--weights FILE" in str(raised.value)
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_weights_file_of_the_users(tmp_path, suffix):
+    donor = models.resnet18(num_classes=7)
+    path = tmp_path / f"w{suffix}"
+    save_file(donor.state_dict(), path) if suffix == ".safetensors" else torch.save(donor.state_dict(), path)
+    model = build_model(SMALL, str(path), 5, seed=0)
+    assert torch.equal(model.conv1.weight, donor.conv1.weight)
+    assert len(weights_sha256(str(path))) == 64
+    assert weights_sha256("none") == weights_sha256("imagenet") == ""
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "evil", "list", "other architecture", "cut"])
+def test_unusable_weights_files(tmp_path, kind, capsys, monkeypatch):
+    path = tmp_path / "w.pth"
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not change anything
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "evil":
+        torch.save({"a": Evil()}, path)
+    elif kind == "list":
+        torch.save([torch.zeros(1)], path)
+    elif kind == "other architecture":
+        torch.save(models.resnet34().state_dict() | {"conv1.weight": torch.zeros(2)}, path)
+    elif kind == "cut":
+        torch.save(models.resnet18().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(WeightsError, match=r"w\.pth"):
+        build_model(SMALL, str(path), 5, seed=0)
+    assert "code ran" not in capsys.readouterr().out
