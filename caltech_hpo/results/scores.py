@@ -34,4 +34,5 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share = correct / total
     center = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, center - half), min(1.0, center + half)
+    # The ends meet 0 and 1 exactly at shares of 0 and 1, but for rounding.
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))

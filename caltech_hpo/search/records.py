@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ConfigDict
+
 from caltech_hpo.spec import EpochResult, Frozen, Recipe
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ class TrialRecord(Frozen):
     """One trial. `value` is the best validation top-1 accuracy over its epochs, 0 to 1.
 
     `baseline` names the hand-tuned row that it repeats, or is empty; `epochs` are its curves.
+    `final_loss` may be infinite or NaN.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     number: int
     state: State
@@ -47,7 +52,7 @@ def trial_record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     scored = [result for result in epochs if result.validation_top1 is not None]
     best = max(scored, key=lambda result: (result.validation_top1 or 0.0, -result.epoch), default=None)
     state: Any = {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
-    return TrialRecord.model_construct(
+    return TrialRecord(
         number=trial.number,
         state=state,
         params=trial.params or system.get("fixed_params", {}),

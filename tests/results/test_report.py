@@ -77,7 +77,7 @@ def test_plots_are_pictures(tmp_path, classes):
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "PNG" and min(image.size) > 300
-            assert len(set(image.convert("L").getdata())) > 10
+            assert image.convert("L").getextrema()[0] < 100
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -23,7 +23,8 @@ def curve(*losses, validation=None):
     return [
         EpochResult(
             epoch=i, learning_rate=0.1, training_loss=loss,
-            validation_loss=validation if i == len(losses) else 1.0, validation_top1=0.1, images=10, seconds=1.0,
+            validation_loss=validation if i == len(losses) else 1.0,
+            validation_top1=0.1, images=10, seconds=1.0,
         )
         for i, loss in enumerate(losses, start=1)
     ]  # fmt: skip
@@ -70,6 +71,7 @@ def test_pruners_leave_the_warm_up_alone(name, kind):
         good = study.ask()
         for step in range(1, 61):
             good.report(step / 60, step)
+            good.should_prune()  # Hyperband keeps its books in here
         study.tell(good, 1.0)
     bad = study.ask()
     stops = []
