@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -190,7 +191,9 @@ class SearchView:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
-        table = Table(title=f"study {escape(self._study)}", title_justify="left", expand=False)
+        table = Table(
+            title=f"study {escape(self._study)}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         for name in ("trial", "parameters", "epoch", "loss", "validation", "best", "state"):
             table.add_column(name, justify="left" if name in ("parameters", "state") else "right")
         for row in list(self._rows.values())[-ROWS:]:

@@ -21,7 +21,7 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
-from caltech_hpo.errors import SpecError
+from caltech_hpo.errors import DataError, SpecError
 from caltech_hpo.study_files import base_name, load_study, study_files
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def data_check(home: Home = DEFAULT_HOME, data: Data = None, as_json: Json = Fal
     from caltech_hpo.data.dataset import scan
 
     folder = data or place_of(home, None).datasets / "caltech101"
+    if data is None and not folder.is_dir():
+        raise DataError(f"no data in {folder}", "give --data DIR, or run 'caltech-hpo data fetch'")
     with progress_bars() as bars:
         result = check(scan(folder), progress=bars)
     document = {**asdict(result), "root": str(result.root)}

@@ -122,7 +122,7 @@ def follow(opened: run.Search, request: SearchRequest) -> None:
     if not opened.device:
         say(
             f"study {request.study} has {opened.finished} finished trials already (asked: {request.trials}); "
-            f"nothing to do"
+            f"nothing to do" + ("; raise --trials to run what is to be queued" if request.enqueue else "")
         )
         return
     say(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache
+from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache, read_index
 from caltech_hpo.data.dataset import DatasetIndex, Sample
 
 
@@ -14,7 +14,8 @@ from caltech_hpo.data.dataset import DatasetIndex, Sample
 class SearchData:
     """Training and validation images as cache files (picklable, opened where they are used).
 
-    `fingerprint` names the data set (and the subset, for a smoke run).
+    `fingerprint` names the data set, and what was left out of it: unreadable images, or all but a
+    smoke run's subset.
     """
 
     classes: tuple[str, ...]
@@ -67,6 +68,9 @@ def load_search_data(
         )
         for name, samples in parts.items()
     }  # fmt: skip
+    left_out = sum(len(read_index(path)["unreadable"]) for path in caches.values())
+    if left_out:
+        fingerprint = f"{fingerprint}-without{left_out}"
     return SearchData(index.classes, fingerprint, caches["training"], caches["validation"])
 
 

@@ -15,7 +15,7 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
-from caltech_hpo.search.storage import find_study, open_storage, open_study, study_lock
+from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_lock
 from caltech_hpo.spec import Hyperparameters, Precision, StudySpec
 from caltech_hpo.study_files import complete_params, describe, load_study
 
@@ -160,13 +160,13 @@ def open_search(
     from caltech_hpo.search.records import finished_count, trial_records
 
     spec = resolve_spec(request)
-    storage = open_storage(place.storage)
+    existing = open_existing(place.storage)
     with study_lock(place.locks, request.study):
-        stored = find_study(storage, request.study)
+        stored = find_study(existing, request.study)
         if stored is not None:
             check_unchanged(stored, request.study, spec, data=None, allow_changed=request.allow_changed)
             records = trial_records(stored)
-            if finished_count(records) >= request.trials and not request.enqueue:
+            if finished_count(records) >= request.trials:
                 yield Search(spec, records, iter(()))
                 return
         index = scan(locate_data(spec, place, progress=progress, say=say))
@@ -174,11 +174,11 @@ def open_search(
             check_unchanged(
                 stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
             )
-        yield from _run(request, place, spec, storage, index, progress, say)
+        yield from _run(request, place, spec, index, progress, say)
 
 
 def _run(
-    request: SearchRequest, place: Place, spec: StudySpec, storage: Any, index: DatasetIndex,
+    request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex,
     progress: Progress | None, say: Say,
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
@@ -190,6 +190,7 @@ def _run(
         index, spec.recipe.resize, place.cache,
         skip_unreadable=request.skip_unreadable, subset=request.subset, progress=progress,
     )  # fmt: skip
+    storage = open_storage(place.storage)
     say(f"starting {request.workers} worker{'s' if request.workers > 1 else ''}")
     with open_executor(spec.recipe, data, device=request.device, workers=request.workers) as executor:
         study = open_study(

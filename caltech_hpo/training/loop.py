@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from caltech_hpo.data.augment import AUGMENTATIONS
 from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, evaluation_batches, training_batches
 from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.errors import WeightsError
 from caltech_hpo.spec import EpochResult, Precision, Recipe
 from caltech_hpo.training.device import autocast, resolve_precision
-from caltech_hpo.training.models import NO_WEIGHTS, apply_freeze, build_model, training_mode
+from caltech_hpo.training.models import NO_WEIGHTS, apply_freeze, build_model, training_mode, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,15 @@ def derive_seed(seed: int, *purpose: object) -> int:
 
 
 def model_for(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The recipe's model on the device, channels_last, frozen as the recipe says."""
+    """The recipe's model on the device, channels_last, frozen as the recipe says.
+
+    Raises WeightsError when the weights file is missing, unsuitable, or another than the recipe's.
+    """
+    if recipe.weights_sha256 and weights_sha256(recipe.weights) != recipe.weights_sha256:
+        raise WeightsError(
+            f"{recipe.weights}: the file has changed since the recipe was made",
+            "put the file back, or search again with the new one as NAME@2",
+        )
     model = build_model(
         recipe.architecture, recipe.weights, recipe.classes, seed=derive_seed(recipe.seed, "weights")
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,10 @@ def weights_sha256(weights: str) -> str:
     """SHA-256 of a weights file, for the recipe; empty for "none" and "imagenet" (torchvision pins those)."""
     if weights in (NO_WEIGHTS, IMAGENET_WEIGHTS):
         return ""
-    with Path(os.fspath(weights)).open("rb") as file:
+    path = Path(weights)
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such weights file", "check --weights, or the study's file")
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -63,6 +63,8 @@ def test_inline_and_processes_train_alike(config, tmp_path):
         for executor in (inline, local):
             failed = play(executor, Job(3, recipe(weights="absent.pth")))[-1]
             assert isinstance(failed, Failed) and failed.kind == "refused" and "absent.pth" in failed.message
+            other = play(executor, Job(5, recipe(weights="README.md", weights_sha256="0" * 64)))[-1]
+            assert isinstance(other, Failed) and "README.md" in other.message
             bug = play(executor, Job(4, recipe(classes=2)))[-1]  # labels beyond the head
             assert isinstance(bug, Failed) and bug.kind == "bug" and "Traceback" in bug.message
             assert executor.free == 1
