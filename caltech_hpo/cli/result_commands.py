@@ -75,12 +75,14 @@ def final(
 
 
 def _retrain_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+    from caltech_hpo.results.final import final_lock
+
     say(
         f"retraining trial {plan.record.number} of study {plan.study.study_name} on {plan.recipe.fit_on}, "
         f"{plan.recipe.epochs} epochs"
     )
-    with goes_on():
-        return _train_and_score(plan, device, skip_unreadable)
+    with goes_on(), final_lock(plan) as taken:
+        return taken or _train_and_score(plan, device, skip_unreadable)
 
 
 def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.run import Place, Say, locate_data, open_executor
-from caltech_hpo.search.storage import find_study, open_existing
+from caltech_hpo.search.storage import find_study, open_existing, study_lock
 from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class FinalPlan:
     folder: Path
     stored: FinalResult | None
     index: DatasetIndex
-    cache: Path
+    place: Place
 
 
 def plan_final(
@@ -91,7 +92,7 @@ def plan_final(
             "give the same folder as for the search: --data DIR",
         )
     folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
-    return FinalPlan(study, record, recipe, folder, stored_result(folder), index, place.cache)
+    return FinalPlan(study, record, recipe, folder, stored_result(folder), index, place)
 
 
 def stored_result(folder: Path) -> FinalResult | None:
@@ -111,7 +112,7 @@ def retrain(
     the training fails.
     """
     data = load_search_data(
-        plan.index, plan.recipe.resize, plan.cache, skip_unreadable=skip_unreadable, progress=progress
+        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
     folder = unfinished(plan)
     shutil.rmtree(folder, ignore_errors=True)
@@ -127,6 +128,13 @@ def retrain(
             executor.answer(event.job, True)
 
 
+@contextlib.contextmanager
+def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
+    """One `final` of a recipe at a time; yields the score if another one took it meanwhile."""
+    with study_lock(plan.place.locks, plan.folder.name, "final training"):
+        yield stored_result(plan.folder)
+
+
 def unfinished(plan: FinalPlan) -> Path:
     """The folder being written, beside the one that it becomes."""
     return plan.folder.with_name(f".{plan.folder.name}.unfinished")
@@ -138,7 +146,7 @@ def score(
 ) -> FinalResult:  # fmt: skip
     """Scores the kept weights on the test split, writes everything into the folder, then records it."""
     test = load_test_data(
-        plan.index, plan.recipe.resize, plan.cache, skip_unreadable=skip_unreadable, progress=progress
+        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
     folder = unfinished(plan)
     evaluation = _evaluate(plan.recipe, folder / "model.safetensors", test, device)
@@ -222,5 +230,6 @@ def write_json(path: Path, document: Any) -> None:
 def publish(folder: Path, target: Path) -> None:
     """Moves a finished folder to its name, over an earlier one without a score, and syncs."""
     shutil.rmtree(target, ignore_errors=True)
+    sync_folder(folder)
     folder.replace(target)
     sync_folder(target.parent)

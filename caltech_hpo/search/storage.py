@@ -131,21 +131,21 @@ def check_sqlite(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def study_lock(folder: Path, study_name: str) -> Iterator[None]:
+def study_lock(folder: Path, name: str, what: str = "search on study") -> Iterator[None]:
     """Held by the one supervisor of a study; the system releases it when the process ends, however.
 
-    Raises StorageError if another search holds it.
+    Raises StorageError, speaking of another `what`, if another process holds it.
     """
     from filelock import FileLock, Timeout
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{study_name}.lock", timeout=0)
+        lock = FileLock(folder / f"{name}.lock", timeout=0)
         lock.acquire()
     except Timeout as error:
         raise StorageError(
-            f"another search on study '{study_name}' is running (it holds {folder / study_name}.lock)",
-            "wait for it, or stop it with Ctrl-C; a second search on one study adds nothing",
+            f"another {what} '{name}' is running (it holds {folder / name}.lock)",
+            "wait for it, or stop it with Ctrl-C; a second one adds nothing",
         ) from error
     except OSError as error:
         raise StorageError(f"{folder}: {error.strerror}", "give a writable --home") from error
