@@ -92,7 +92,15 @@ def plan_final(
             "give the same folder as for the search: --data DIR",
         )
     folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
-    return FinalPlan(study, record, recipe, folder, stored_result(folder), index, place)
+    stored = stored_result(folder)
+    if stored is not None and f"{FINAL_ATTR}{recipe.hash}" not in study.user_attrs:
+        remember(study, stored)  # an earlier call ended between writing the files and recording them
+    return FinalPlan(study, record, recipe, folder, stored, index, place)
+
+
+def remember(study: optuna.Study, result: FinalResult) -> None:
+    """Records a score in the study, for the report."""
+    study.set_user_attr(f"{FINAL_ATTR}{result.recipe_hash}", result.model_dump(mode="json"))
 
 
 def stored_result(folder: Path) -> FinalResult | None:
@@ -181,7 +189,7 @@ def score(
     write_json(folder / "model.json", describe_model(plan.recipe, test.classes))
     write_json(folder / "metrics.json", document)
     publish(folder, plan.folder)
-    plan.study.set_user_attr(f"{FINAL_ATTR}{plan.recipe.hash}", result.model_dump(mode="json"))
+    remember(plan.study, result)
     return result
 
 

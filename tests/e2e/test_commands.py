@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import write_folders
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
@@ -343,6 +344,37 @@ def test_without_data_or_network_the_three_ways_out_are_named(tmp_path):
     assert "fetching Caltech-101" in done.stderr
     for way in ("data fetch", "--archive FILE", "--data DIR"):
         assert way in done.stderr
+
+
+def test_without_imagenet_weights_or_network_the_file_is_named(tmp_path):
+    write_folders(tmp_path / "images")
+    done = call(
+        "search", "--study", "alexnet-transfer", "--trials", 1, "--data", "images", cwd=tmp_path,
+        TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert str(tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth") in done.stderr
+    assert "https://" in done.stderr and "--weights FILE" in done.stderr
+
+
+def test_a_transfer_study_runs_on_weights_in_torchvisions_cache(tmp_path):
+    from torchvision import models
+
+    write_folders(tmp_path / "images", images=12)
+    weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(models.resnet18().state_dict(), weights)
+    document = answer(
+        "search", "--study", "resnet18-transfer", "--smoke", "--data", "images", cwd=tmp_path,
+        TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert document["finished"] == 2
+
+
+def test_a_smoke_run_on_the_real_images(caltech101, tmp_path):
+    document = answer("search", "--study", "alexnet-scratch", "--smoke", "--data", caltech101, cwd=tmp_path)
+    assert document["smoke"] and document["finished"] == 2
+    assert 0 <= document["best"]["val_accuracy"] < 0.5  # two epochs cannot do more
 
 
 def test_reading_commands_make_no_database(tmp_path):
