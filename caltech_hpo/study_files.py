@@ -42,7 +42,7 @@ def study_folders() -> list[Path]:
 
 def study_files() -> dict[str, Path]:
     """Study name to file, built-in ones first, `./studies` over them; sorted by name."""
-    found = {path.stem: path for folder in study_folders() for path in folder.glob("*.toml")}
+    found = {path.stem: path for folder in study_folders() for path in folder.glob("[!.]*.toml")}
     return dict(sorted(found.items()))
 
 
@@ -75,9 +75,9 @@ def load_study(name: str) -> StudySpec:
 def read_study(path: Path) -> StudySpec:
     """Parses one study file. Raises SpecError naming the file and every faulty key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SpecError(f"{path}: not valid TOML: {error}", "mend that line; see https://toml.io") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}", "check the file and its permissions") from error
@@ -109,7 +109,10 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
     space = _space(document.get("space", {}), problems)
     sampler = _model(SamplerSpec, document.get("sampler", {}), "sampler", problems)
     pruner = _model(PrunerSpec, document.get("pruner", {}), "pruner", problems)
-    baselines = _baselines(document.get("baselines", []), space, recipe, problems)
+    if not document.get("space"):
+        problems.append("space: nothing to search; name at least one field with a range or choices")
+    faulty = set(document["space"]) - set(space) if isinstance(document.get("space"), dict) else set()
+    baselines = _baselines(document.get("baselines", []), space, faulty, recipe, problems)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise SpecError(f"{source}: {len(problems)} error(s):\n{lines}", "mend these keys in the file")
@@ -188,8 +191,9 @@ def _field_problems(name: str, value: Any, key: str) -> list[str]:
 
 
 def _baselines(
-    rows: Any, space: dict[str, Dimension], recipe: Hyperparameters | None, problems: list[str]
-) -> list[Baseline]:
+    rows: Any, space: dict[str, Dimension], faulty: set[str], recipe: Hyperparameters | None,
+    problems: list[str],
+) -> list[Baseline]:  # fmt: skip
     if not isinstance(rows, list):
         problems.append("baselines: write each row as [[baselines]]")
         return []
@@ -199,7 +203,9 @@ def _baselines(
         baseline = _model(Baseline, row, key, problems)
         if baseline is None:
             continue
-        found = params_problems(baseline.params, space, f"{key}.params")
+        # a dimension with an error of its own is no reason to complain of the rows that use it
+        params = {name: value for name, value in baseline.params.items() if name not in faulty}
+        found = params_problems(params, space, f"{key}.params")
         if recipe is not None and not found:
             defaults = recipe.model_dump()
             found = [

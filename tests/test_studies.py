@@ -63,6 +63,7 @@ def test_studies_in_the_current_folder_add_and_win(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "mine.toml").write_text(MINIMAL)
+    (tmp_path / "studies" / ".#mine.toml").write_text("an editor's lock file")
     (tmp_path / "studies" / "demo.toml").write_text("# my own demo\n" + MINIMAL)
     assert set(study_files()) == BUILT_IN | {"mine"}
     assert load_study("demo").about == "my own demo"
@@ -89,6 +90,7 @@ def test_unknown_names(name, words):
     ("text", "lines"),
     [
         ("", ["recipe: missing"]),
+        ('[recipe]\narchitecture = "alexnet"', ["space: nothing to search"]),
         ("colour = 1\n" + MINIMAL, ["colour: unknown section"]),
         ('data = "imagenet"\n' + MINIMAL, ["data: 'imagenet' is not one of"]),
         ('[recipe]\narchitecture = "vgg"\nbatch_size = 0', ["recipe.architecture", "recipe.batch_size"]),
@@ -128,6 +130,12 @@ def test_all_errors_come_at_once():
     )
     with pytest.raises(SpecError, match=r"5 error\(s\)"):
         parse(text)
+
+
+def test_a_faulty_dimension_is_not_blamed_on_the_rows_that_use_it():
+    text = '[recipe]\narchitecture = "alexnet"\n[space]\nepochs = { low = 9, high = 5 }'
+    with pytest.raises(SpecError, match=r"1 error\(s\)"):
+        parse(text + ROW + "params = { epochs = 5 }")
 
 
 def test_bad_toml_names_the_file_and_the_line(tmp_path):

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
-from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.errors import CaltechHpoError, StorageError
+
+INTERRUPTED = 130
 
 
 def main() -> None:
-    """The console script: our errors become one message and their exit code, a bug a traceback (1)."""
-    from caltech_hpo.cli.app import app
-    from caltech_hpo.cli.options import say
-
+    """The console script: errors become one message and an exit code; a bug is a traceback and 1."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # class names may be unprintable
+        from caltech_hpo.cli.app import app
+
         app()
     except CaltechHpoError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # "caltech-hpo report | head"
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fix = "give a --home that can be written, and check permissions and room"
+        fail(f"{error.filename}: {error.strerror}\n  fix: {fix}", StorageError.exit_code)
+    except Exception as error:
+        if not is_database_error(error):
+            raise
+        reason = str(error.__cause__ or error).splitlines()[0]
+        fix = "check that the database answers and is undamaged; restore a backup if it is not"
+        fail(f"the study database failed: {reason}\n  fix: {fix}", StorageError.exit_code)
+
+
+def fail(message: str, code: int) -> None:
+    """Prints the error and ends the process."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+def is_database_error(error: Exception) -> bool:
+    """Whether SQLAlchemy or Optuna's storage raised it (neither is imported for this question)."""
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return not names.isdisjoint({"sqlalchemy.exc.SQLAlchemyError", "optuna.exceptions.StorageInternalError"})

@@ -16,12 +16,14 @@ from caltech_hpo.cli.options import (
     Storage,
     answer,
     goes_on,
+    options_after,
     place_of,
     progress_bars,
     say,
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
-from caltech_hpo.errors import DataError, SpecError
+from caltech_hpo.errors import DataError, UsageError
+from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP
 from caltech_hpo.study_files import base_name, load_study, study_files
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def studies(
 ) -> None:
     """List the studies, built-in and in ./studies, with their trials and best so far."""
     if context.invoked_subcommand:
+        options_after(context)
         return
     from caltech_hpo.search.storage import open_existing, study_names
 
@@ -74,15 +77,18 @@ def studies(
     for name in sorted([*files, *again]):
         try:
             spec = load_study(name)
-        except SpecError as error:  # one faulty file must not hide the others
+        except UsageError as error:  # one faulty file must not hide the others
             faults.append(error)
         else:
             rows.append(study_json(spec, name, str(files.get(name) or files[base_name(name)]), database))
     answer(rows, as_json, studies_table(rows))
+    without = [name for name in study_names(database) if base_name(name) not in files]
+    if without:
+        say(f"also in the database, their files are not here: {', '.join(without)}")
     for fault in faults:
         say(f"error: {fault}")
     if faults:
-        raise typer.Exit(SpecError.exit_code)
+        raise typer.Exit(UsageError.exit_code)
 
 
 @studies_app.command("show")
@@ -119,9 +125,10 @@ def data_fetch(
     from caltech_hpo.data.download import fetch_caltech101
 
     place = place_of(home, None)
+    there = (place.datasets / "caltech101").is_dir()
     with goes_on(), progress_bars() as bars:
         folder = fetch_caltech101(place.datasets, archive=archive, progress=bars)
-    answer({"folder": str(folder)}, as_json, f"Caltech-101 is in {folder}")
+    answer({"folder": str(folder)}, as_json, f"Caltech-101 {'was already' if there else 'is'} in {folder}")
 
 
 @data_app.command("check")
@@ -157,12 +164,14 @@ def models(
 ) -> None:
     """Compare the architectures: layers, parameters, FLOPs, activation memory per image."""
     if context.invoked_subcommand:
+        options_after(context)
         return
     from caltech_hpo.training.models import ARCHITECTURES
     from caltech_hpo.training.summary import summarize
 
     crop = load_study(study).recipe.crop if study else crop
-    rows = [summarize(name, crop=crop, classes=classes) for name in ARCHITECTURES]
+    fitting = [name for name in ARCHITECTURES if crop >= SMALLEST_CROP.get(name, DEFAULT_SMALLEST_CROP)]
+    rows = [summarize(name, crop=crop, classes=classes) for name in fitting]
     answer([asdict(row) for row in rows], as_json, models_table(rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import typer
 from rich.console import Console, RenderableType
 
 from caltech_hpo.cli.display import ProgressBars
-from caltech_hpo.search.run import Place
+from caltech_hpo.errors import UsageError
+from caltech_hpo.search.request import Place
 
 Home = Annotated[
     Path, typer.Option("--home", envvar="CALTECH_HPO_HOME", help="Folder for everything that is kept.")
@@ -61,9 +63,19 @@ def answer(document: Any, as_json: bool, human: RenderableType) -> None:
     elif isinstance(human, str):
         Console().print(human, markup=False, highlight=False, soft_wrap=True)
     else:
-        console = Console()
         # A pipe or a file has no width: do not squeeze tables into Rich's default of 80 columns.
-        console.print(human, highlight=False, width=None if console.is_terminal else PIPE_WIDTH)
+        free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        Console(width=PIPE_WIDTH if free else None).print(human, highlight=False)
+
+
+def options_after(context: typer.Context) -> None:
+    """Refuses options that a group would swallow before its sub-command. Raises UsageError."""
+    sources = [context.get_parameter_source(name) for name in context.params]
+    if any(source is not None and source.name == "COMMANDLINE" for source in sources):
+        raise UsageError(
+            f"options before '{context.invoked_subcommand}' have no effect",
+            f"write them behind: caltech-hpo {context.info_name} {context.invoked_subcommand} ... --OPTION",
+        )
 
 
 @contextmanager

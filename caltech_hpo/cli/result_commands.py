@@ -11,6 +11,7 @@ from rich.console import Console
 from caltech_hpo.cli.display import EpochView
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
+    INTERRUPTED,
     Data,
     Device,
     Home,
@@ -70,6 +71,8 @@ def final(
         plan = plan_final(study, place, fit_on=fit_on.value, progress=bars, say=say)
     if plan.stored is not None:
         say(f"trial {plan.record.number} was scored before; the test set is not used again")
+        if not plan.folder.is_dir():
+            say(f"its files are no longer in {plan.folder}")
     result = plan.stored or _retrain_and_score(plan, device, skip_unreadable)
     answer(result.model_dump(mode="json"), as_json, final_text(result, plan.folder))
 
@@ -130,4 +133,5 @@ def dashboard(
         say(f"warning: anyone who reaches {host} can read and change every study: there is no password")
     shown = f"[{host}]" if ":" in host else host
     say(f"dashboard: http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends it)")
-    serve(application, listening)
+    serve(application, listening)  # returns on Ctrl-C
+    raise typer.Exit(INTERRUPTED)

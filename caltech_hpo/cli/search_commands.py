@@ -28,7 +28,7 @@ from caltech_hpo.cli.options import (
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search import run
-from caltech_hpo.search.run import Place, SearchRequest
+from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.search.smoke import smoke as prepare_smoke
 
 
@@ -161,8 +161,8 @@ def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool
     if best:
         lines.append(f"best: trial {best.number}, validation {best.value:.4f} at epoch {best.best_epoch}")
         lines.append(f"      {short_params(best.params)}")
-    if smoke:
+    if smoke and finished == request.trials:
         lines.append("smoke run: nothing was kept; the study runs on this machine")
-    elif best:
+    elif best and not smoke:
         lines.append(f"next: caltech-hpo final --study {request.study}, or look: caltech-hpo dashboard")
     answer(document, as_json, "\n".join(lines))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -25,13 +25,17 @@ from numpy.typing import NDArray
 from caltech_hpo.data.dataset import Sample
 from caltech_hpo.errors import DataError, UnreadableImagesError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Pixels = NDArray[np.uint8]
 # (what is being done, how many are done, how many there are)
 Progress = Callable[[str, int, int], None]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAGIC = b"CHPOPIX1"
-DECODER_VERSION = 1  # raise it when decode_image returns other pixels for the same file
+MOST_PIXELS = 50_000_000  # of a file, and of what is kept of it
+DECODER_VERSION = 2  # raise it when decode_image returns other pixels for the same file
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,36 @@ def decode_image(path: Path, resize: int) -> Pixels:
     from PIL import Image, ImageOps
 
     with Image.open(path, formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        width, height = opened.size
+        short, long = sorted((width, height))
+        scaled = int(resize * long / short)  # torchvision rounds down, and so must we
+        if max(width * height, resize * scaled) > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels: too large, or too long and narrow")
+        image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
-    short, long = sorted((width, height))
-    scaled = int(resize * long / short)  # torchvision rounds down, and so must we
     size = (resize, scaled) if width <= height else (scaled, resize)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
+def to_rgb(image: Image) -> Image:
+    """8-bit RGB. Alpha is dropped, 16-bit grey scaled to 8 bits; raises ValueError for other depths.
+
+    Pillow alone would clip 16-bit grey to white, and floats from 0 to 1 to black.
+    """
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I;16"):
+        image = pillow.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}): save the image with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 def cache_key(root: Path, samples: Sequence[Sample], resize: int) -> str:
-    """24 hexadecimal digits over the list of files, their sizes and times, labels and `resize`."""
-    total = hashlib.sha256(f"{DECODER_VERSION} {resize}\n".encode())
+    """24 hexadecimal digits over the folder, the files with their sizes and times, labels and `resize`."""
+    total = hashlib.sha256(f"{DECODER_VERSION} {resize} {root.absolute()}\n".encode())
     for sample in samples:
         try:
             status = (root / sample.path).stat()
@@ -93,9 +114,9 @@ def build_cache(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cache_key(root, samples, resize)}.pixels"
-    if not path.exists():
+    if not is_whole(path):
         with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not is_whole(path):
                 _write_cache(path, root, samples, resize, label, progress)
     unreadable: dict[str, str] = read_index(path)["unreadable"]
     if unreadable and not skip_unreadable:
@@ -164,6 +185,10 @@ def _decode_or_reason(path: Path, resize: int) -> Pixels | str:
     try:
         return decode_image(path, resize)
     except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            # The system's fault, not the image's: must not be remembered as an unreadable image.
+            reason = error.strerror if isinstance(error, OSError) else "out of memory"
+            raise DataError(f"{path}: {reason}", "mend that and run the command again") from error
         return f"{type(error).__name__}: {error}"[:200]
 
 
@@ -192,6 +217,15 @@ def read_index(path: Path) -> dict[str, Any]:
     if sum(h * w * 3 for h, w in index["shapes"]) != size - 16 - length:
         raise damaged  # reading past the end of a map would kill the process with SIGBUS
     return index
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the cache file is there and undamaged; a damaged one is made again."""
+    try:
+        read_index(path)
+    except (FileNotFoundError, DataError):
+        return False
+    return True
 
 
 def open_cache(path: Path) -> LabeledImages:

@@ -98,11 +98,23 @@ def scan(root: Path) -> DatasetIndex:
 
     With train.txt and test.txt in `root` (or beside the class folders) the lists decide;
     otherwise, over all images in class order, image i is test when i % 3 == 0. Raises DataError
-    for an empty class, a class without a training image, or a faulty list.
+    for an empty class, a class without a training image, a faulty list, or a folder that cannot be read.
     """
+    try:
+        return _scan(root)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: {error.strerror}", "check the data folder's permissions"
+        ) from error
+
+
+def _scan(root: Path) -> DatasetIndex:
     images = find_images(root)
     folders = class_folders(images)
     names = {folder.name: class_images(folder) for folder in folders}
+    odd = [f"{name}/{file}" for name, found in names.items() for file in found if not _is_text(name + file)]
+    if odd:
+        raise DataError(f"{images}: file names that are not UTF-8: {odd[0]!r}", "rename the files")
     empty = [name for name, found in names.items() if not found]
     if empty:
         raise DataError(
@@ -130,6 +142,15 @@ def scan(root: Path) -> DatasetIndex:
     )
     _check_coverage(index)
     return index
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name can be written as UTF-8 (the system allows any bytes)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_coverage(index: DatasetIndex) -> None:
@@ -186,12 +207,14 @@ def read_lists(
 
 def _read_list(path: Path, known: dict[str, Sample], problems: list[str]) -> list[Sample]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path}: cannot be read as UTF-8 text: {error}")
         return []
     samples: dict[str, Sample] = {}
     for number, name in list_entries(lines):
+        if not path_problem(name):
+            name = str(PurePosixPath(name))  # "./a/b" is "a/b"
         problem = path_problem(name) or ("" if name in known else "names an image that is not there")
         if name in samples:
             problem = "is listed twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -42,15 +44,13 @@ def fetch_caltech101(
     target = datasets / "caltech101"
     images = target / "101_ObjectCategories"
     datasets.mkdir(parents=True, exist_ok=True)
+    if archive is not None and not archive.is_file():
+        raise DataError(f"{archive}: there is no such archive", "give --archive the path of caltech-101.zip")
     with FileLock(datasets / "caltech101.lock"):
         if images.is_dir():
             return target
         downloaded = archive is None
         source = archive or download(url, datasets / "caltech-101.zip", progress=progress)
-        if not source.is_file():
-            raise DataError(
-                f"{source}: there is no such archive", "give --archive the path of caltech-101.zip"
-            )
         if downloaded or source.suffix == ".zip":
             check_md5(source, md5, downloaded=downloaded, progress=progress)
         unpack(source, target, progress=progress)
@@ -137,7 +137,7 @@ def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> 
         target.mkdir(parents=True, exist_ok=True)
         (temporary / "101_ObjectCategories").replace(target / "101_ObjectCategories")
         sync_folder(target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{archive}: cannot be unpacked: {error}", "fetch the archive again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -145,12 +145,15 @@ def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> 
 
 def _extract_tar(stream: IO[bytes], folder: Path, progress: Progress | None) -> None:
     """Extracts member by member; the "data" filter refuses what would land outside the folder."""
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+    # tarfile's own decompression stops quietly at damage; gzip's, read to the end, checks the CRC.
+    with gzip.GzipFile(fileobj=stream) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
         for done, member in enumerate(tar, start=1):
             if not member.isdev():
                 tar.extract(member, folder, filter="data")
             if progress:
                 progress("unpacking files", done, max(done, 9_247))  # the members of the real archive
+        while unzipped.read(CHUNK):
+            pass
 
 
 def write_demo(datasets: Path, *, progress: Progress | None = None) -> Path:

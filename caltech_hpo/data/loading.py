@@ -8,6 +8,7 @@ from pathlib import Path
 
 from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache, read_index
 from caltech_hpo.data.dataset import DatasetIndex, Sample
+from caltech_hpo.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_search_data(
 ) -> SearchData:  # fmt: skip
     """Decodes the training and validation images into the cache (once) and returns where they are.
 
-    `subset` keeps about that many evenly spaced images of each split, for a smoke run. Raises
+    `subset` keeps that many evenly spaced images of each split, for a smoke run. Raises
     UnreadableImagesError and DataError as `build_cache` does.
     """
     parts = {"training": index.training, "validation": index.validation}
@@ -70,13 +71,29 @@ def load_search_data(
     }  # fmt: skip
     left_out = sum(len(read_index(path)["unreadable"]) for path in caches.values())
     if left_out:
+        _check_coverage(index, caches)
         fingerprint = f"{fingerprint}-without{left_out}"
     return SearchData(index.classes, fingerprint, caches["training"], caches["validation"])
 
 
+def _check_coverage(index: DatasetIndex, caches: dict[str, Path]) -> None:
+    """Raises DataError if the unreadable images were all of a class's training or all of a split."""
+    learned = set(read_index(caches["training"])["labels"])
+    missing = [name for label, name in enumerate(index.classes) if label not in learned]
+    if missing or not read_index(caches["validation"])["labels"]:
+        what = (
+            f"no readable training image of {', '.join(missing)}"
+            if missing
+            else "no readable validation image"
+        )
+        raise DataError(f"{index.root}: {what}", "replace the unreadable images")
+
+
 def thin(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
-    """About `count` samples, evenly spaced; all of them when there are fewer."""
-    return tuple(samples[:: max(1, len(samples) // count)])
+    """`count` samples, evenly spaced; all of them when there are fewer."""
+    if len(samples) <= count:
+        return tuple(samples)
+    return tuple(samples[i * len(samples) // count] for i in range(count))
 
 
 def load_test_data(

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.data.cache import Progress, sync_folder
+from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.data.loading import load_search_data, load_test_data
 from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
+from caltech_hpo.results.model_files import describe_model, publish, write_json
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
+from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
-from caltech_hpo.search.run import Place, Say, locate_data, open_executor
-from caltech_hpo.search.storage import find_study, open_existing, study_lock
+from caltech_hpo.search.request import Place, Say
+from caltech_hpo.search.run import locate_data, open_executor
+from caltech_hpo.search.storage import find_study, open_existing
 from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
 
 if TYPE_CHECKING:
@@ -56,14 +58,18 @@ class FinalResult(Frozen):
 
 @dataclass(frozen=True)
 class FinalPlan:
-    """What `final` is about to do. `stored` is the score of the same recipe, if it was taken before."""
+    """What `final` is about to do.
+
+    `stored` is the score of the same recipe, if it was taken before; the data is then not looked at,
+    and `index` is None.
+    """
 
     study: optuna.Study
     record: TrialRecord
     recipe: Recipe
     folder: Path
     stored: FinalResult | None
-    index: DatasetIndex
+    index: DatasetIndex | None
     place: Place
 
 
@@ -84,6 +90,10 @@ def plan_final(
     recipe = record.recipe
     if fit_on == "train+val":
         recipe = recipe.model_copy(update={"fit_on": fit_on, "epochs": record.best_epoch})
+    folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
+    stored = recorded_result(study, recipe, folder)
+    if stored is not None:
+        return FinalPlan(study, record, recipe, folder, stored, None, place)
     spec = StudySpec.model_validate_json(study.user_attrs[SPEC_ATTR])
     index = scan(locate_data(spec, place, progress=progress, say=say))
     if index.fingerprint != study.user_attrs[DATA_ATTR]:
@@ -91,11 +101,18 @@ def plan_final(
             f"{index.root}: not the data that study '{name}' searched on (other images, classes or split)",
             "give the same folder as for the search: --data DIR",
         )
-    folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
-    stored = stored_result(folder)
-    if stored is not None and f"{FINAL_ATTR}{recipe.hash}" not in study.user_attrs:
-        remember(study, stored)  # an earlier call ended between writing the files and recording them
-    return FinalPlan(study, record, recipe, folder, stored, index, place)
+    return FinalPlan(study, record, recipe, folder, None, index, place)
+
+
+def recorded_result(study: optuna.Study, recipe: Recipe, folder: Path) -> FinalResult | None:
+    """The score of this recipe that the database holds, or that an interrupted call left in the folder."""
+    in_database = study.user_attrs.get(f"{FINAL_ATTR}{recipe.hash}")
+    if in_database is not None:
+        return FinalResult.model_validate(in_database)
+    in_folder = stored_result(folder)
+    if in_folder is not None:
+        remember(study, in_folder)
+    return in_folder
 
 
 def remember(study: optuna.Study, result: FinalResult) -> None:
@@ -119,6 +136,11 @@ def retrain(
     "train" keeps the best validation epoch; "train+val" the last one. Raises CaltechHpoError when
     the training fails.
     """
+    assert plan.index is not None, "the recipe has its score"
+    # Decoded now, so that an unreadable test image is found before the training and not after it.
+    load_test_data(
+        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
+    )
     data = load_search_data(
         plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
@@ -139,7 +161,8 @@ def retrain(
 @contextlib.contextmanager
 def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
     """One `final` of a recipe at a time; yields the score if another one took it meanwhile."""
-    with study_lock(plan.place.locks, plan.folder.name, "final training"):
+    lock = lock_path(plan.place.storage, plan.place.home, f"final-{plan.folder.name}")
+    with held(lock, f"final training of study '{plan.study.study_name}'"):
         yield stored_result(plan.folder)
 
 
@@ -153,6 +176,7 @@ def score(
     progress: Progress | None = None,
 ) -> FinalResult:  # fmt: skip
     """Scores the kept weights on the test split, writes everything into the folder, then records it."""
+    assert plan.index is not None, "the recipe has its score"
     test = load_test_data(
         plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
@@ -206,38 +230,3 @@ def _evaluate(recipe: Recipe, weights: Path, test: Any, device_name: str) -> Eva
     load_weights(model, weights)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return evaluate(model, test.open_test(), plan_for(recipe, device), recipe.precision)
-
-
-def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Everything that is needed to rebuild the model and to feed it."""
-    import torch
-
-    from caltech_hpo.training.loop import plan_for
-
-    normalization = plan_for(recipe, torch.device("cpu")).normalization
-    return {
-        "architecture": recipe.architecture,
-        "classes": list(classes),
-        "preprocessing": {
-            "resize_short_side": recipe.resize, "center_crop": recipe.crop, "scale": "pixel / 255",
-            "mean": list(normalization.mean), "std": list(normalization.std),
-        },
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": recipe.hash,
-    }  # fmt: skip
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes and syncs; the folder around it is renamed into place afterwards."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Moves a finished folder to its name, over an earlier one without a score, and syncs."""
-    shutil.rmtree(target, ignore_errors=True)
-    sync_folder(folder)
-    folder.replace(target)
-    sync_folder(target.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from caltech_hpo.results.final import FINAL_ATTR, FinalResult
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
-from caltech_hpo.search.run import Place
+from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing
 from caltech_hpo.spec import Frozen, Published, StudySpec
 from caltech_hpo.study_files import complete_params, load_study
@@ -64,7 +65,8 @@ def make_report(name: str, place: Place) -> Report:
     curves = None
     if any(record.epochs for record in records):
         path = place.home / "reports" / name / "curves.png"
-        curves = str(draw_study_curves(records, f"study {name}", path))
+        with contextlib.suppress(OSError):  # a read-only home still has its table
+            curves = str(draw_study_curves(records, f"study {name}", path))
     return Report(
         study=name,
         rows=report_rows(spec, records, finals),

@@ -42,9 +42,9 @@ def check_unchanged(
     listing = "\n".join(changes)
     base = name.split("@")[0]
     fresh = f"--study {base}@{next_number(study, name)}"
-    if allow_changed and any(".choices" in line for line in changes):
+    if allow_changed and any(".choices" in line or "data set:" in line for line in changes):
         raise UsageError(
-            f"study '{name}' has stored trials with other choices, which cannot be mixed:\n{listing}",
+            f"study '{name}' has trials with other choices or data, which cannot be mixed:\n{listing}",
             f"start a new study: {fresh}",
         )
     if not allow_changed:

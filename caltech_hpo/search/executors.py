@@ -102,6 +102,7 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
     job: int | None = None
+    ready: bool = False
 
 
 class ProcessExecutor:
@@ -140,6 +141,7 @@ class ProcessExecutor:
         if isinstance(message, Refused):
             raise message.error
         assert isinstance(message, Ready)
+        worker.ready = True
         return message
 
     @property
@@ -184,7 +186,7 @@ class ProcessExecutor:
         """Asks idle workers to leave, ends busy ones, waits for all."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
-                if worker.job is None and worker.process.is_alive():
+                if worker.ready and worker.job is None and worker.process.is_alive():
                     worker.connection.send(None)
                 else:
                     worker.process.terminate()

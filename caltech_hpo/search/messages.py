@@ -85,3 +85,7 @@ class Died:
 
 
 Event = EpochDone | Finished | Failed | Died
+
+
+class WorkerBugError(RuntimeError):
+    """An error in a worker that is nobody's doing but ours; carries the worker's traceback."""

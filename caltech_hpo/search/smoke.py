@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from caltech_hpo.search.run import Place, SearchRequest
+from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.search.storage import default_url
 
 SMOKE_TRIALS, SMOKE_IMAGES = 2, 300

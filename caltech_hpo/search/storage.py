@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sqlite3
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +26,21 @@ def default_url(home: Path) -> str:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL; None for another database, or for one in memory."""
+    """The file behind a SQLite URL; None for another database. Raises StorageError."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise StorageError(
             "--storage is not a database URL",
             "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
         ) from error
-    if not parsed.drivername.startswith("sqlite") or not parsed.database or parsed.database == ":memory:":
+    if not parsed.drivername.startswith("sqlite"):
         return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise StorageError("--storage: a SQLite database in memory keeps nothing", "write sqlite:///FILE")
     return Path(parsed.database)
 
 
@@ -113,12 +114,18 @@ def check_sqlite(path: Path) -> None:
             "restore it from a backup, or remove it to start with no studies",
         )
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        ) as connection:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
             tables = {
                 row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
             }
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise StorageError(f"{path}: cannot be opened: {error}", "check its permissions") from error
+        raise StorageError(
+            f"{path}: another program has held the database for {BUSY_TIMEOUT} seconds",
+            "find what writes to it, then run the command again",
+        ) from error
     except sqlite3.DatabaseError as error:
         raise StorageError(
             f"{path}: is no usable SQLite database: {error}",
@@ -128,31 +135,6 @@ def check_sqlite(path: Path) -> None:
         raise StorageError(
             f"{path}: belongs to another program (it has no studies table)", "give another --storage"
         )
-
-
-@contextlib.contextmanager
-def study_lock(folder: Path, name: str, what: str = "search on study") -> Iterator[None]:
-    """Held by the one supervisor of a study; the system releases it when the process ends, however.
-
-    Raises StorageError, speaking of another `what`, if another process holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise StorageError(
-            f"another {what} '{name}' is running (it holds {folder / name}.lock)",
-            "wait for it, or stop it with Ctrl-C; a second one adds nothing",
-        ) from error
-    except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}", "give a writable --home") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def find_study(storage: optuna.storages.RDBStorage | None, name: str) -> optuna.Study | None:

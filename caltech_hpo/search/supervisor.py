@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job
+from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, WorkerBugError
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY
 from caltech_hpo.search.space import Binding, recipe_for, suggest
@@ -20,6 +20,7 @@ from caltech_hpo.spec import EpochResult, Recipe, StudySpec
 from caltech_hpo.study_files import complete_params
 
 FAILURES_IN_A_ROW = 3
+REPEATS_ATTR = "repeats_trial"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -76,10 +77,6 @@ class _Running:
         return max(self.results, key=lambda result: result.validation_top1 or 0.0, default=None)
 
 
-class WorkerBugError(RuntimeError):
-    """An error in a worker that is nobody's doing but ours; carries the worker's traceback."""
-
-
 class Supervisor:
     """Runs a study on an executor. The study's lock must be held."""
 
@@ -124,9 +121,19 @@ class Supervisor:
 
     def _give_back(self, number: int, baseline: str, reason: str) -> None:
         trial_id = self._trial_id(number)
-        params = self._storage.get_trial(trial_id).params
-        if set(params) == set(self._spec.space):  # else it ended while it was being asked for
-            self._study.enqueue_trial(params, user_attrs={BASELINE_ATTR: baseline} if baseline else None)
+        trial = self._storage.get_trial(trial_id)
+        # A queued trial that died while it was asked for has its parameters in the queue's own record.
+        known = trial.system_attrs.get("fixed_params", {}) | trial.params
+        params = {name: value for name, value in known.items() if name in self._spec.space}
+        repeated = any(
+            other.user_attrs.get(REPEATS_ATTR) == number for other in self._study.get_trials(deepcopy=False)
+        )
+        # repeated: an earlier attempt to give it back died before it could tell
+        if len(params) == len(self._spec.space) and not repeated:
+            attributes: dict[str, Any] = {REPEATS_ATTR: number}
+            if baseline:
+                attributes[BASELINE_ATTR] = baseline
+            self._study.enqueue_trial(params, user_attrs=attributes)
         self._storage.set_trial_user_attr(trial_id, "stop_reason", reason)
         self._study.tell(number, state=TrialState.FAIL)
 

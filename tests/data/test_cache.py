@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -92,11 +93,62 @@ def test_unreadable_images_are_named_or_skipped(folders, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1000, -1])
-def test_a_truncated_cache_is_refused(folders, tmp_path, keep):
+def test_a_truncated_cache_is_refused_and_made_again(folders, tmp_path, keep):
     path = build(scan(folders), tmp_path / "cache")
-    path.write_bytes(path.read_bytes()[:keep])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
     with pytest.raises(DataError, match="damaged"):
         open_cache(path)
+    assert build(scan(folders), tmp_path / "cache").read_bytes() == whole
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = decode_image(tmp_path / "ramp.png", 64)
+    assert np.array_equal(pixels[..., 0], ramp // 257)
+
+
+def test_float_and_oversized_images_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="save the image with 8 or 16 bits"):
+        decode_image(tmp_path / "float.tif", 64)
+    Image.new("L", (1, 3000)).save(tmp_path / "thread.png")  # 768,000 pixels long at short side 256
+    with pytest.raises(ValueError, match="too long and narrow"):
+        decode_image(tmp_path / "thread.png", 256)
+
+
+def test_the_systems_faults_are_not_remembered_as_the_images(folders, tmp_path, monkeypatch):
+    def denied(path, resize):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "decode_image", denied)
+        with pytest.raises(DataError, match="Permission denied"):
+            build(scan(folders), tmp_path / "cache", skip_unreadable=True)
+    assert len(open_cache(build(scan(folders), tmp_path / "cache"))) == 9
+
+
+def test_folders_with_equal_names_sizes_and_times_have_caches_of_their_own(tmp_path):
+    paths = []
+    for name, value in (("a", 10), ("b", 200)):
+        for label in ("x", "y"):
+            for number in range(4):
+                path = tmp_path / name / label / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 40), (value,) * 3).save(path)
+                os.utime(path, ns=(0, 0))
+        paths.append(build(scan(tmp_path / name), tmp_path / "cache"))
+    assert [int(open_cache(path).images[0].max()) for path in paths] == [10, 200]
+
+
+def test_a_class_whose_training_images_are_all_unreadable_is_refused(folders, tmp_path):
+    index = scan(folders)
+    for sample in index.training:
+        if sample.label == 1:
+            (folders / sample.path).write_bytes(b"no image")
+    with pytest.raises(DataError, match="no readable training image of Bee"):
+        load_search_data(scan(folders), 32, tmp_path, skip_unreadable=True)
 
 
 def test_a_failed_build_leaves_nothing(folders, tmp_path, monkeypatch):
@@ -136,4 +188,5 @@ def test_splits_have_files_of_their_own(folders, tmp_path):
 def test_thinning_spreads_over_the_classes():
     samples = [Sample(f"{i // 100}/{i}", i // 100) for i in range(1000)]
     assert {sample.label for sample in thin(samples, 50)} == set(range(10))
+    assert len(thin(samples, 300)) == 300
     assert thin(samples[:5], 50) == tuple(samples[:5])

@@ -102,6 +102,13 @@ def test_faulty_lists(folders, train, test, words):
         scan(folders)
 
 
+def test_lists_from_other_editors(folders):
+    lists(folders, [f"./{name}  " for name in TRAIN], TEST)
+    text = (folders / "train.txt").read_text().replace("\n", "\r\n")
+    (folders / "train.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [sample.path for sample in scan(folders).training] == TRAIN[0::2]
+
+
 def test_one_list_alone_is_an_error(folders):
     (folders / "train.txt").write_text("\n".join(TRAIN))
     with pytest.raises(DataError, match=r"there is no test\.txt beside it"):

@@ -114,6 +114,17 @@ def test_the_inner_archive_is_taken_too(tmp_path, archive):
     assert len(scan(fetch_caltech101(tmp_path / "datasets", archive=inner)).training) == 9
 
 
+def test_damage_inside_the_inner_archive_is_noticed(tmp_path, archive):
+    with zipfile.ZipFile(archive[0]) as outer:
+        content = bytearray(outer.read("caltech-101/101_ObjectCategories.tar.gz"))
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    (tmp_path / "inner.tar.gz").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        fetch_caltech101(tmp_path / "datasets", archive=tmp_path / "inner.tar.gz")
+    assert not (tmp_path / "datasets" / "caltech101").exists()
+
+
 @pytest.mark.parametrize("kind", ["absent", "text", "other zip", "no folder", "cut"])
 def test_unusable_archives(tmp_path, archive, kind):
     path = tmp_path / f"{kind}.zip"

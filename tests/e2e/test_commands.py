@@ -16,6 +16,8 @@ import pytest
 import torch
 from helpers import write_folders
 
+from caltech_hpo.data.dataset import scan
+
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
 
@@ -173,7 +175,7 @@ def test_the_dashboard_serves_the_study(searched):
             taken = call("dashboard", "--port", url.rstrip("/").rsplit(":", 1)[1], cwd=folder)
             assert taken.returncode == 2 and "cannot listen" in taken.stderr
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=20) in (0, 130)
+            assert server.wait(timeout=20) == 130
         finally:
             server.kill()
 
@@ -227,6 +229,47 @@ def test_a_second_search_on_a_study_is_refused(tmp_path):
         finally:
             search.send_signal(signal.SIGINT)
             search.stderr.read()
+
+
+def test_two_homes_on_one_database_cannot_search_a_study_at_once(tmp_path):
+    write_folders(tmp_path / "images", images=12)
+    arguments = ["search", "--study", "demo", "--trials", "50", "--data", "images"]
+    arguments += ["--storage", f"sqlite:///{tmp_path / 'shared.db'}"]
+    with subprocess.Popen(
+        [COMMAND, *arguments, "--home", "one"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as search:
+        try:
+            next(line for line in search.stderr if " epoch 1/" in line)
+            second = call(*arguments, "--home", "two", cwd=tmp_path)
+            assert second.returncode == 4 and "another search on study 'demo'" in second.stderr
+        finally:
+            search.send_signal(signal.SIGINT)
+            search.stderr.read()
+
+
+def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tmp_path):
+    folder, *_ = searched
+    first = answer("final", "--study", "demo", cwd=folder)
+    storage = f"sqlite:///{folder / 'storage' / 'studies.db'}"
+    again = call("final", "--study", "demo", "--storage", storage, "--data", "absent", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout) == first and "no longer in" in again.stderr
+
+
+def test_an_unreadable_test_image_is_found_before_training(tmp_path):
+    images = write_folders(tmp_path / "images", images=12)
+    arguments = ("--study", "demo", "--data", "images", "--home", "home")
+    assert answer("search", *arguments, "--trials", "1", cwd=tmp_path)["finished"] == 1
+    bad = images / scan(images).test[0].path
+    bad.write_bytes(bytes(bad.stat().st_size))  # of the same size: only decoding can tell
+    done = call("final", *arguments, cwd=tmp_path)
+    assert done.returncode == 3 and str(bad.name) in done.stderr and "epoch" not in done.stderr
+    bad.write_bytes(b"shorter")
+    done = call("final", *arguments, cwd=tmp_path)
+    assert done.returncode == 3 and "not the data that study 'demo' searched on" in done.stderr
 
 
 def test_models_side_by_side(tmp_path):
@@ -304,6 +347,7 @@ WRONG = {
     "leaving file": (split_lists("../a.png"), SEARCH, 3, "../a.png leaves the image folder"),
     "both lists": (split_lists("cat/image_008.png"), SEARCH, 3, "is also in train.txt"),
     "missing weights": (nothing, (*SEARCH, "--weights", "w.pth"), 3, "w.pth: there is no such weights file"),
+    "before the sub-command": (nothing, ("studies", "--home", "x", "show", "demo"), 2, "write them behind"),
     "odd storage": (nothing, (*SEARCH, "--storage", "nonsense"), 4, "sqlite:///FILE"),
     "closed storage": (nothing, (*SEARCH, "--storage", "sqlite:////proc/none/a.db"), 4, "/proc/none"),
     "no database": (no_database, SEARCH, 4, "studies.db: is no usable SQLite database"),

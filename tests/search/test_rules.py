@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.pruning import divergence, make_pruner, make_sampler
-from caltech_hpo.search.run import check_enqueued
+from caltech_hpo.search.request import check_enqueued
 from caltech_hpo.search.space import Binding, recipe_for, suggest
-from caltech_hpo.spec import EpochResult, PrunerSpec, SamplerSpec
+from caltech_hpo.spec import Choices, EpochResult, PrunerSpec, SamplerSpec
 from caltech_hpo.study_files import complete_params, load_study
 
 BINDING = Binding(classes=101, data="x", seed=3, precision="bf16")
@@ -156,3 +156,13 @@ def test_impossible_queued_values_are_refused(params, words):
     with pytest.raises(UsageError, match=words.replace(".", r"\.")):
         check_enqueued(load_study("alexnet-scratch"), params)
     check_enqueued(load_study("alexnet-scratch"), {"learning_rate": 1.0, "epochs": 3})
+
+
+def test_queued_values_that_the_recipe_cannot_complete_are_asked_for():
+    spec = load_study("alexnet-freeze")
+    spec = spec.model_copy(
+        update={"space": spec.space | {"freeze": Choices(choices=("features", "classifier"))}}
+    )
+    with pytest.raises(UsageError, match="give freeze too"):
+        check_enqueued(spec, {"learning_rate": 0.01})
+    check_enqueued(spec, {"learning_rate": 0.01, "freeze": "features"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.search.changes import check_unchanged
+from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.storage import (
     default_url,
     find_study,
@@ -17,7 +19,6 @@ from caltech_hpo.search.storage import (
     open_storage,
     open_study,
     shown,
-    study_lock,
     study_names,
 )
 from caltech_hpo.spec import Choices, FloatRange
@@ -65,7 +66,15 @@ def test_what_is_no_study_database_is_refused_and_left_alone(url, tmp_path, kind
 
 @pytest.mark.parametrize(
     "bad",
-    ["nonsense", "sqlite:////proc/none/x.db", "postgresql+psycopg://me:secret@127.0.0.1:9/db", "foo://x"],
+    [
+        "nonsense",
+        "sqlite:////proc/none/x.db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "foo://x",
+        "postgresql+psycopg://me:secret@127.0.0.1:9/db",
+        "postgresql://me:secret@host:abc/db",
+    ],
 )
 def test_a_url_that_cannot_be_opened(bad):
     with pytest.raises(StorageError) as raised:
@@ -79,22 +88,28 @@ def test_passwords_are_hidden(tmp_path):
 
 
 def test_one_supervisor_a_study(tmp_path):
-    code = "import sys; from pathlib import Path; from caltech_hpo.search.storage import study_lock\n"
-    code += "with study_lock(Path(sys.argv[1]), 'a'): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path)]
+    path = tmp_path / "locks" / "a.lock"
+    code = "import sys; from pathlib import Path; from caltech_hpo.search.locks import held\n"
+    code += "with held(Path(sys.argv[1]), 'x'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(StorageError, match="another search on study 'a' is running"),
-            study_lock(tmp_path, "a"),
-        ):
+        with pytest.raises(StorageError, match="another search is running"), held(path, "search"):
             pass
-        with study_lock(tmp_path, "b"):
+        with held(path.with_name("b.lock"), "search"):
             pass
         holder.kill()
         holder.wait()
-    with study_lock(tmp_path, "a"):  # the system released it
+    with held(path, "search"):  # the system released it
         pass
+
+
+def test_all_who_use_a_database_file_meet_at_its_lock(url, tmp_path):
+    locks = {lock_path(url, tmp_path / home, "demo") for home in ("one", "two")}
+    assert len(locks) == 1
+    assert lock_path(url, tmp_path, "demo") != lock_path(url, tmp_path, "demo@2")
+    server = "postgresql://me@host/db"
+    assert lock_path(server, tmp_path, "demo") == tmp_path / "locks" / "demo.lock"
 
 
 def changed(spec, **fields):
@@ -124,9 +139,19 @@ def test_changed_choices_cannot_be_mixed(url):
         check_unchanged(study, "demo@2", other, "x", allow_changed=True)
 
 
+def test_a_locked_database_is_not_called_damaged(url, tmp_path, monkeypatch):
+    open_storage(url)
+    monkeypatch.setattr("caltech_hpo.search.storage.BUSY_TIMEOUT", 0.2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "studies.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match="another program has held the database"):
+            open_storage(url)
+
+
 def test_other_data_is_refused(url):
     storage, spec = open_storage(url), load_study("demo")
     study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
     check_unchanged(study, "demo", spec, None, allow_changed=False)
-    with pytest.raises(UsageError, match="data set: x -> y"):
-        check_unchanged(study, "demo", spec, "y", allow_changed=False)
+    for allowed in (False, True):  # accuracies on different images cannot be compared
+        with pytest.raises(UsageError, match="data set: x -> y"):
+            check_unchanged(study, "demo", spec, "y", allow_changed=allowed)

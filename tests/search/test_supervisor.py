@@ -9,13 +9,13 @@ import pytest
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import default_url, open_storage, open_study
-from caltech_hpo.search.supervisor import Requeued, Supervisor, TrialEnded, TrialStarted, WorkerBugError
+from caltech_hpo.search.supervisor import Requeued, Supervisor, TrialEnded, TrialStarted
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec
-from caltech_hpo.study_files import load_study
+from caltech_hpo.study_files import complete_params, load_study
 
 BINDING = Binding(classes=10, data="x", seed=0, precision="fp32")
 
@@ -203,6 +203,25 @@ def test_trials_of_a_dead_search_are_run_again(storage):
     assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert again.trials[2].params == params
     assert "interrupted" in again.trials[0].user_attrs["stop_reason"]
+
+
+def test_a_baseline_that_died_while_it_was_asked_for_is_run_again(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    row = SPEC.baselines[0]
+    study.enqueue_trial(complete_params(SPEC, row.params), user_attrs={"baseline": row.name})
+    study.ask()  # killed before its parameters were drawn
+    study, _ = supervise(storage, Scripted(), 2)
+    done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert done[0].params == complete_params(SPEC, row.params)
+    assert [trial.user_attrs.get("baseline") for trial in done] == [row.name, None]
+
+
+def test_a_trial_is_given_back_once_even_if_giving_back_was_interrupted(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    params = suggest(study.ask(), SPEC)
+    study.enqueue_trial(params, user_attrs={"repeats_trial": 0})  # and killed before trial 0 was told
+    study, _ = supervise(storage, Scripted(), 3)
+    assert sum(trial.params == params for trial in study.trials if trial.state == TrialState.COMPLETE) == 1
 
 
 def failing(kind, times):

@@ -1,0 +1,126 @@
+"""What a search is asked to do, where it keeps things, and the spec that follows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.spec import Hyperparameters, Precision, StudySpec
+from caltech_hpo.study_files import complete_params, describe, load_study
+
+SMOKE_EPOCHS = 2
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are kept: the home folder and the study database's URL.
+
+    `data` is the folder that replaces a study's own data set.
+    """
+
+    home: Path
+    storage: str
+    data: Path | None = None
+    scratch: Path | None = None  # a smoke run's throw-away folder for the cache
+
+    @property
+    def cache(self) -> Path:
+        """Decoded pixels."""
+        return (self.scratch or self.home) / "cache"
+
+    @property
+    def datasets(self) -> Path:
+        """Fetched data sets."""
+        return self.home / "datasets"
+
+    @property
+    def models(self) -> Path:
+        """What `final` writes."""
+        return self.home / "models"
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What `search` was asked to do. `trials` is the study's total of finished trials."""
+
+    study: str
+    trials: int
+    workers: int = 1
+    device: str = "auto"
+    seed: int = 0
+    timeout_minutes: float | None = None
+    baselines: bool = True
+    enqueue: tuple[dict[str, Any], ...] = ()
+    allow_changed: bool = False
+    skip_unreadable: bool = False
+    precision: Precision | None = None
+    weights: str | None = None
+    subset: int | None = None
+
+
+def resolve_spec(request: SearchRequest) -> StudySpec:
+    """The study file with the request's overrides. Raises UsageError, SpecError and WeightsError."""
+    spec = load_study(request.study)
+    if not DEVICE.fullmatch(request.device):
+        raise UsageError(f"--device {request.device}: unknown", "use one of: auto, cpu, cuda, cuda:K, mps")
+    changes = {"precision": request.precision, "weights": request.weights}
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given:
+        spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update=given)})
+    if spec.recipe.weights not in ("none", "imagenet") and not Path(spec.recipe.weights).is_file():
+        raise WeightsError(f"{spec.recipe.weights}: there is no such weights file", "give --weights FILE")
+    for params in request.enqueue:
+        check_enqueued(spec, params)
+    return spec if request.subset is None else shortened(spec)
+
+
+def check_enqueued(spec: StudySpec, params: dict[str, Any]) -> None:
+    """Numbers may lie outside the space (the user knows), but must be possible; choices must be listed.
+
+    What is left out is taken from `[recipe]`.
+    """
+    unknown = [name for name in params if name not in spec.space]
+    if unknown:
+        raise UsageError(
+            f"--enqueue: {', '.join(unknown)} not in the space of '{spec.name}'",
+            f"its space: {', '.join(spec.space)}",
+        )
+    for name, value in params.items():
+        choices = getattr(spec.space[name], "choices", None)
+        if choices is not None and value not in choices:
+            raise UsageError(f"--enqueue: {name}={value} is not one of {', '.join(map(str, choices))}")
+    absent = [
+        name for name, value in complete_params(spec, params).items()
+        if name not in params and not spec.space[name].contains(value)
+    ]  # fmt: skip
+    if absent:
+        raise UsageError(
+            f"--enqueue: give {', '.join(absent)} too: the value in [recipe] is outside the study's space"
+        )
+    try:
+        Hyperparameters.model_validate({**spec.recipe.model_dump(), **params})
+    except ValidationError as error:
+        raise UsageError("; ".join(describe(error, "--enqueue"))) from error
+
+
+def shortened(spec: StudySpec) -> StudySpec:
+    """The spec of a smoke run: every trial has 2 epochs, and only the first baseline is run."""
+    baselines = [
+        row.model_copy(update={"params": {k: v for k, v in row.params.items() if k != "epochs"}})
+        for row in spec.baselines[:1]
+    ]
+    return spec.model_copy(
+        update={
+            "recipe": spec.recipe.model_copy(update={"epochs": SMOKE_EPOCHS}),
+            "space": {name: dimension for name, dimension in spec.space.items() if name != "epochs"},
+            "baselines": tuple(baselines),
+        }
+    )
