@@ -21,7 +21,7 @@ from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
-from caltech_hpo.search.request import Place, Say
+from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data, open_executor
 from caltech_hpo.search.storage import find_study, open_existing
 from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
@@ -74,7 +74,7 @@ class FinalPlan:
 
 
 def plan_final(
-    name: str, place: Place, *, fit_on: FitOn = "train", progress: Progress | None = None, say: Say = print
+    name: str, place: Place, *, fit_on: FitOn = "train", progress: Progress | None = None, say: Say = silent
 ) -> FinalPlan:
     """Finds the best trial and checks that its data set is at hand.
 

@@ -19,6 +19,10 @@ DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 Say = Callable[[str], None]
 
 
+def silent(text: str) -> None:
+    """The `Say` of a caller that wants no messages."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where things are kept: the home folder and the study database's URL.

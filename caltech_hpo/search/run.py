@@ -14,7 +14,7 @@ from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.request import Place, Say, SearchRequest, resolve_spec
+from caltech_hpo.search.request import Place, Say, SearchRequest, resolve_spec, silent
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_files import complete_params
@@ -48,7 +48,9 @@ class Search:
         return finished_count(self.records)
 
 
-def locate_data(spec: StudySpec, place: Place, *, progress: Progress | None = None, say: Say = print) -> Path:
+def locate_data(
+    spec: StudySpec, place: Place, *, progress: Progress | None = None, say: Say = silent
+) -> Path:
     """The study's data folder: --data, the demo's digits (written), or Caltech-101 (fetched)."""
     from caltech_hpo.data.download import ARCHIVE_URL, fetch_caltech101, write_demo
 
@@ -67,7 +69,7 @@ def locate_data(spec: StudySpec, place: Place, *, progress: Progress | None = No
 
 @contextlib.contextmanager
 def open_search(
-    request: SearchRequest, place: Place, *, progress: Progress | None = None, say: Say = print
+    request: SearchRequest, place: Place, *, progress: Progress | None = None, say: Say = silent
 ) -> Iterator[Search]:
     """Everything up to the first trial; closing it ends the workers and releases the study.
 
