@@ -8,8 +8,13 @@ from pathlib import Path
 # Tensors here are tiny: threads would only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from helpers import write_folders
+
+# A busy machine is no failure: nothing here is timed.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 CALTECH101 = Path(__file__).parents[2] / "shared" / "data" / "caltech101"
 
