@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -180,9 +181,9 @@ class Supervisor:
     def _epoch(self, running: _Running, result: EpochResult) -> TrialEpoch:
         number, score = running.trial.number, result.validation_top1 or 0.0
         running.results.append(result)
-        self._storage.set_trial_system_attr(
-            self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", result.model_dump(mode="json")
-        )
+        # By way of pydantic's JSON, which writes NaN as text: bare NaN is no JSON.
+        stored = json.loads(result.model_dump_json())
+        self._storage.set_trial_system_attr(self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", stored)
         running.trial.report(score, result.epoch)
         running.stop_reason = divergence(running.results)
         if not running.stop_reason and result.epoch < running.recipe.epochs and running.trial.should_prune():

@@ -157,6 +157,8 @@ def test_divergence_prunes_is_never_best_and_teaches_the_sampler(storage):
     assert study.trials[0].user_attrs["stop_reason"].startswith("diverged: training loss is nan at epoch 1")
     assert study.trials[0].user_attrs["final_loss"] == "nan"
     assert study.trials[0].user_attrs["epochs_run"] == 1
+    assert study.trials[0].system_attrs["caltech_hpo:epoch:1"]["training_loss"] == "NaN"  # NaN is no JSON
+    assert math.isnan(trial_records(study)[0].final_loss)
     assert study.best_trial.number == 1 == best_record(trial_records(study)).number
     assert study.trials[0].value == 0.9  # a value that TPE reads for pruned trials
     ended = [event for event in events if isinstance(event, TrialEnded)]
