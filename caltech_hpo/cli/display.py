@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SHORT = {
     "learning_rate": "lr",
     "step_size": "step",
-    "epochs": "epochs",
     "batch_size": "batch",
     "weight_decay": "wd",
     "momentum": "mom",
@@ -45,7 +44,7 @@ def short_params(params: dict[str, Any]) -> str:
     parts = []
     for name, value in params.items():
         text = f"{value:.3g}" if isinstance(value, float) else str(value)
-        parts.append(f"{SHORT[name]} {text}" if name in SHORT else text)
+        parts.append(text if isinstance(value, str) else f"{SHORT.get(name, name)} {text}")
     return " ".join(parts)
 
 

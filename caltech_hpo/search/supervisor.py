@@ -126,9 +126,8 @@ class Supervisor:
         # A queued trial that died while it was asked for has its parameters in the queue's own record.
         known = trial.system_attrs.get("fixed_params", {}) | trial.params
         params = {name: value for name, value in known.items() if name in self._spec.space}
-        repeated = any(
-            other.user_attrs.get(REPEATS_ATTR) == number for other in self._study.get_trials(deepcopy=False)
-        )
+        others = self._study.get_trials(deepcopy=False)
+        repeated = any(other.user_attrs.get(REPEATS_ATTR) == number for other in others)
         # repeated: an earlier attempt to give it back died before it could tell
         if len(params) == len(self._spec.space) and not repeated:
             attributes: dict[str, Any] = {REPEATS_ATTR: number}
