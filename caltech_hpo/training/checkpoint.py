@@ -19,6 +19,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(state, temporary)
+        temporary.chmod(0o644)  # safetensors makes files for their owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
