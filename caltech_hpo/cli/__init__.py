@@ -7,7 +7,7 @@ import sys
 
 from caltech_hpo.errors import CaltechHpoError, StorageError
 
-INTERRUPTED = 130
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.display import ProgressBars
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.request import Place
@@ -41,7 +42,6 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:K o
 Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")]
 DEFAULT_HOME = Path("storage")
 PIPE_WIDTH = 140
-INTERRUPTED = 130
 
 
 def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:

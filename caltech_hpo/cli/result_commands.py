@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.display import EpochView
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
-    INTERRUPTED,
     Data,
     Device,
     Home,

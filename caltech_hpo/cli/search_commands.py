@@ -66,7 +66,7 @@ def search(
         str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
     ] = None,
     allow_changed: Annotated[
-        bool, typer.Option("--allow-changed", help="Continue though the study file or the data changed.")
+        bool, typer.Option("--allow-changed", help="Continue though the study file changed.")
     ] = False,
     skip_unreadable: Skip = False,
     smoke: Annotated[
@@ -134,7 +134,7 @@ def follow(opened: run.Search, request: SearchRequest) -> None:
         request.study,
         request.trials,
         opened.records,
-        min(request.workers, request.trials),
+        opened.workers,
     )
     with view.shown():
         for event in opened.events:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from caltech_hpo.errors import DataError
@@ -42,7 +43,7 @@ class DatasetIndex:
     split_source: str
     unlisted: int = 0
 
-    @property
+    @cached_property  # asks the system for the size of every file
     def fingerprint(self) -> str:
         """16 hexadecimal digits over classes, split and every image's path and size in bytes.
 
@@ -213,11 +214,13 @@ def _read_list(path: Path, known: dict[str, Sample], problems: list[str]) -> lis
         return []
     samples: dict[str, Sample] = {}
     for number, name in list_entries(lines):
-        if not path_problem(name):
+        problem = path_problem(name)
+        if not problem:
             name = str(PurePosixPath(name))  # "./a/b" is "a/b"
-        problem = path_problem(name) or ("" if name in known else "names an image that is not there")
-        if name in samples:
-            problem = "is listed twice"
+            if name not in known:
+                problem = "names an image that is not there"
+            elif name in samples:
+                problem = "is listed twice"
         if problem:
             problems.append(f"{path}:{number}: {name} {problem}")
         else:

@@ -71,15 +71,15 @@ def load_search_data(
     }  # fmt: skip
     left_out = sum(len(read_index(path)["unreadable"]) for path in caches.values())
     if left_out:
-        _check_coverage(index, caches)
+        _check_coverage(index, parts["training"], caches)
         fingerprint = f"{fingerprint}-without{left_out}"
     return SearchData(index.classes, fingerprint, caches["training"], caches["validation"])
 
 
-def _check_coverage(index: DatasetIndex, caches: dict[str, Path]) -> None:
+def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dict[str, Path]) -> None:
     """Raises DataError if the unreadable images were all of a class's training or all of a split."""
     learned = set(read_index(caches["training"])["labels"])
-    missing = [name for label, name in enumerate(index.classes) if label not in learned]
+    missing = [index.classes[label] for label in sorted({sample.label for sample in training} - learned)]
     if missing or not read_index(caches["validation"])["labels"]:
         what = (
             f"no readable training image of {', '.join(missing)}"

@@ -19,11 +19,11 @@ from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerBugError
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data, open_executor
-from caltech_hpo.search.storage import find_study, open_existing
+from caltech_hpo.search.storage import stored_study
 from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def plan_final(
 
     Raises UsageError without a stored study or a complete trial, DataError for other data.
     """
-    study = find_study(open_existing(place.storage), name)
-    record = best_record(trial_records(study)) if study is not None else None
-    if study is None or record is None or record.recipe is None:
-        what = "has no complete trial yet" if study is not None else "is not in the database"
+    study = stored_study(place.storage, name)
+    record = best_record(trial_records(study))
+    if record is None or record.recipe is None:
         raise UsageError(
-            f"study '{name}' {what}", f"run 'caltech-hpo search --study {name} --trials N' first"
+            f"study '{name}' has no complete trial yet",
+            f"run 'caltech-hpo search --study {name} --trials N' first",
         )
     recipe = record.recipe
     if fit_on == "train+val":
@@ -150,12 +150,20 @@ def retrain(
         executor.submit(Job(plan.record.number, plan.recipe, keep=folder / "model.safetensors"))
         while not isinstance(event := executor.next_event(), Finished):
             if not isinstance(event, EpochDone):
-                reason = (
-                    f"{event.kind}: {event.message}" if isinstance(event, Failed) else f"worker died: {event}"
-                )
-                raise CaltechHpoError(f"training failed: {reason}", "run the command again")
+                raise _failure(event)
             yield event.result
             executor.answer(event.job, True)
+
+
+def _failure(event: Failed | Died) -> Exception:
+    """What a training that did not finish raises: a bug is a bug, the rest is the user's to mend."""
+    if isinstance(event, Died):
+        return CaltechHpoError(
+            f"training failed: the worker died (exit code {event.exit_code})", "run the command again"
+        )
+    if event.kind == "bug":
+        return WorkerBugError(event.message)
+    return CaltechHpoError(f"training failed: {event.kind}: {event.message}", "mend that and run it again")
 
 
 @contextlib.contextmanager
@@ -163,7 +171,7 @@ def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
     """One `final` of a recipe at a time; yields the score if another one took it meanwhile."""
     lock = lock_path(plan.place.storage, plan.place.home, f"final-{plan.folder.name}")
     with held(lock, f"final training of study '{plan.study.study_name}'"):
-        yield stored_result(plan.folder)
+        yield recorded_result(plan.study, plan.recipe, plan.folder)
 
 
 def unfinished(plan: FinalPlan) -> Path:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from caltech_hpo.errors import UsageError
 from caltech_hpo.results.final import FINAL_ATTR, FinalResult
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import find_study, open_existing
+from caltech_hpo.search.storage import stored_study
 from caltech_hpo.spec import Frozen, Published, StudySpec
 from caltech_hpo.study_files import complete_params, load_study
 
@@ -50,13 +50,7 @@ class Report(Frozen):
 
 def make_report(name: str, place: Place) -> Report:
     """Reads the study and draws its curves into the home. Raises UsageError for an unknown study."""
-    study = find_study(open_existing(place.storage), name)
-    if study is None:
-        load_study(name)  # an unknown name is the likelier mistake, and has its own error
-        raise UsageError(
-            f"study '{name}' is not in the database",
-            f"run 'caltech-hpo search --study {name} --trials N' first",
-        )
+    study = stored_study(place.storage, name)
     attrs = study.user_attrs
     spec = StudySpec.model_validate_json(attrs[SPEC_ATTR]) if SPEC_ATTR in attrs else load_study(name)
     records = trial_records(study)
@@ -85,7 +79,7 @@ def report_rows(
 
     def row(record: TrialRecord, published: Published | None) -> ReportRow:
         return ReportRow(
-            trial=record.number, state=record.state, baseline=record.baseline, 
+            trial=record.number, state=record.state, baseline=record.baseline,
             params={**fixed, **record.params}, final_loss=finite(record.final_loss),
             val_accuracy=record.value,
             test_accuracy=tests.get(record.number), stop_reason=record.stop_reason, published=published,
@@ -122,4 +116,4 @@ def report_rows(
 
 def finite(value: float | None) -> float | None:
     """None in place of NaN and infinity, which JSON does not have."""
-    return value if value is not None and value - value == 0 else None
+    return value if value is not None and math.isfinite(value) else None

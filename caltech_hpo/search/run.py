@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 class Search:
     """A search that is about to begin; `records` are the trials it finds.
 
-    `events` is empty and `device` too when the study has its trials already.
+    `events` is empty, and `device` and `workers` too, when the study has its trials already.
     """
 
     spec: StudySpec
     records: list[TrialRecord]
     events: Iterator[SearchEvent]
     device: str = ""
+    workers: int = 0
 
     @property
     def finished(self) -> int:
@@ -83,10 +84,12 @@ def open_search(
     lock = lock_path(place.storage, place.home, request.study)
     with held(lock, f"search on study '{request.study}'"):
         stored = find_study(existing, request.study)
+        finished = 0
         if stored is not None:
             check_unchanged(stored, request.study, spec, data=None, allow_changed=request.allow_changed)
             records = trial_records(stored)
-            if finished_count(records) >= request.trials:
+            finished = finished_count(records)
+            if finished >= request.trials:
                 yield Search(spec, records, iter(()))
                 return
         index = scan(locate_data(spec, place, progress=progress, say=say))
@@ -94,15 +97,15 @@ def open_search(
             check_unchanged(
                 stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
             )
-        yield from _run(request, place, spec, index, progress, say)
+        yield from _run(request, place, spec, index, finished, progress, say)
 
 
 def _run(
-    request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex,
+    request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, finished: int,
     progress: Progress | None, say: Say,
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
-    from caltech_hpo.search.records import finished_count, trial_records
+    from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.space import Binding
     from caltech_hpo.search.supervisor import Supervisor
 
@@ -111,9 +114,7 @@ def _run(
         skip_unreadable=request.skip_unreadable, subset=request.subset, progress=progress,
     )  # fmt: skip
     storage = open_storage(place.storage)
-    stored = find_study(storage, request.study)
-    missing = request.trials - (finished_count(trial_records(stored)) if stored else 0)
-    workers = min(request.workers, missing)
+    workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
     with open_executor(spec.recipe, data, device=request.device, workers=workers) as executor:
         study = open_study(
@@ -129,7 +130,7 @@ def _run(
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)
         try:
-            yield Search(spec, trial_records(study), events, executor.ready.device)
+            yield Search(spec, trial_records(study), events, executor.ready.device, workers)
         finally:
             events.close()  # gives trials still running back to the queue
 

@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.errors import StorageError
+from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR, SPEC_HASH_ATTR, check_unchanged
 from caltech_hpo.spec import StudySpec
+from caltech_hpo.study_files import load_study
 
 if TYPE_CHECKING:
     import optuna
@@ -149,14 +150,26 @@ def find_study(storage: optuna.storages.RDBStorage | None, name: str) -> optuna.
         return None
 
 
+def stored_study(url: str, name: str) -> optuna.Study:
+    """The stored study. Raises UsageError: for a name that no study file has, with the nearest one."""
+    study = find_study(open_existing(url), name)
+    if study is None:
+        load_study(name)  # an unknown name is the likelier mistake, and has its own error
+        raise UsageError(
+            f"study '{name}' is not in the database",
+            f"run 'caltech-hpo search --study {name} --trials N' first",
+        )
+    return study
+
+
 def open_study(
     storage: optuna.storages.RDBStorage, name: str, spec: StudySpec, data: str, *,
     sampler_seed: int, allow_changed: bool,
 ) -> optuna.Study:  # fmt: skip
     """Creates the study, or continues it after checking that spec and data are those it was made with.
 
-    Raises UsageError showing what changed, unless `allow_changed`; changed choices are refused all
-    the same, since Optuna cannot mix them in one study.
+    Raises UsageError showing what changed, unless `allow_changed`; changed choices and other data
+    are refused all the same.
     """
     import optuna
 

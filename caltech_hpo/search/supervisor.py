@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -231,11 +232,12 @@ class Supervisor:
         """Writes the trial's user attributes, before it is told."""
         trial, results, best = running.trial, running.results, running.best
         ready = self._executor.ready
+        loss = results[-1].training_loss if results else None
         attributes: dict[str, Any] = {
             "epochs_run": len(results),
             "best_epoch": best.epoch if best else None,
             # as text when infinite: JSON has no such number, and the dashboard would not parse it
-            "final_loss": _json_number(results[-1].training_loss) if results else None,
+            "final_loss": loss if loss is None or math.isfinite(loss) else str(loss),
             "seconds": round(sum(result.seconds for result in results), 3),
             "device": ready.device,
             "precision": running.recipe.precision,
@@ -244,7 +246,3 @@ class Supervisor:
         }
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
-
-
-def _json_number(value: float) -> float | str:
-    return value if value - value == 0 else str(value)

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import write_image
+from helpers import write_folders, write_image
 from PIL import Image
 
 from caltech_hpo.data import cache
@@ -140,6 +140,16 @@ def test_folders_with_equal_names_sizes_and_times_have_caches_of_their_own(tmp_p
                 os.utime(path, ns=(0, 0))
         paths.append(build(scan(tmp_path / name), tmp_path / "cache"))
     assert [int(open_cache(path).images[0].max()) for path in paths] == [10, 200]
+
+
+def test_a_subset_without_a_class_may_leave_images_out(tmp_path):
+    index = scan(write_folders(tmp_path / "images", classes=("a", "b", "c", "d"), images=9))
+    kept = thin(index.training, 3)
+    assert len({sample.label for sample in kept}) == 3
+    bad = next(sample for sample in thin(index.validation, 3))
+    (index.root / bad.path).write_bytes(b"no image")
+    data = load_search_data(scan(index.root), 32, tmp_path / "cache", subset=3, skip_unreadable=True)
+    assert len(data.open_training()) == 3 and len(data.open_validation()) == 2
 
 
 def test_a_class_whose_training_images_are_all_unreadable_is_refused(folders, tmp_path):

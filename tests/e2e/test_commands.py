@@ -354,6 +354,7 @@ WRONG = {
     "empty database": (empty_database, SEARCH, 4, "studies.db: is empty"),
     "final too early": (nothing, ("final", "--study", "demo"), 2, "caltech-hpo search --study demo"),
     "report too early": (nothing, ("report", "--study", "demo"), 2, "is not in the database"),
+    "final of nothing": (nothing, ("final", "--study", "dmo"), 2, "did you mean 'demo'"),
     "report of nothing": (nothing, ("report", "--study", "dmo"), 2, "did you mean 'demo'"),
     "no such model": (nothing, ("models", "show", "lenet"), 2, "known: alexnet"),
     "no archive": (nothing, ("data", "fetch", "--archive", "a.zip"), 3, "a.zip"),

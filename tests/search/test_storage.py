@@ -153,5 +153,6 @@ def test_other_data_is_refused(url):
     study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
     check_unchanged(study, "demo", spec, None, allow_changed=False)
     for allowed in (False, True):  # accuracies on different images cannot be compared
-        with pytest.raises(UsageError, match="data set: x -> y"):
+        with pytest.raises(UsageError, match="data set: x -> y") as raised:
             check_unchanged(study, "demo", spec, "y", allow_changed=allowed)
+        assert "--allow-changed" not in str(raised.value)  # it would be refused as well
