@@ -207,6 +207,11 @@ class Published(Frozen):
     test: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     outcome: str = ""
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether there is a number to compare with."""
+        return any(value is not None for value in (self.final_loss, self.validation, self.test))
+
 
 class Baseline(Frozen):
     """A hand-tuned row: the values it sets (the rest come from `[recipe]`) and what was published."""

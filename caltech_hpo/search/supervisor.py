@@ -23,6 +23,7 @@ from caltech_hpo.study_files import complete_params
 
 FAILURES_IN_A_ROW = 3
 REPEATS_ATTR = "repeats_trial"
+LAGGING = "lagging"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -92,8 +93,9 @@ class Supervisor:
         self._failures = 0
         trials = study.get_trials(deepcopy=False)
         self._finished = sum(trial.state in FINISHED for trial in trials)
+        self._published = {row.name for row in spec.baselines if row.published.has_figures}
         # A failed row is not tried again by itself: the same row would fail the same way.
-        seen = {trial.user_attrs.get(BASELINE_ATTR) for trial in trials}
+        seen = {trial.user_attrs.get(BASELINE_ATTR) for trial in trials if not self._cut_short(trial)}
         self._baselines = [row for row in spec.baselines if row.name not in seen] if baselines else []
 
     def run(self, trials: int, *, seconds: float | None = None) -> Generator[SearchEvent, None, None]:
@@ -113,6 +115,11 @@ class Supervisor:
         finally:
             for running in self._running.values():
                 self._give_back(running.trial.number, running.baseline, "interrupted")
+
+    def _cut_short(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether a row with published figures lagged: it must run to its end to be compared with them."""
+        lagged = str(trial.user_attrs.get("stop_reason", "")).startswith(LAGGING)
+        return lagged and trial.user_attrs.get(BASELINE_ATTR) in self._published
 
     def _requeue_orphans(self) -> Iterator[SearchEvent]:
         """The lock is ours, so every RUNNING trial belongs to a search that is gone."""
@@ -186,8 +193,9 @@ class Supervisor:
         self._storage.set_trial_system_attr(self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", stored)
         running.trial.report(score, result.epoch)
         running.stop_reason = divergence(running.results)
-        if not running.stop_reason and result.epoch < running.recipe.epochs and running.trial.should_prune():
-            running.stop_reason = f"lagging: {self._spec.pruner.name} pruner at epoch {result.epoch}"
+        may_lag = running.baseline not in self._published and result.epoch < running.recipe.epochs
+        if not running.stop_reason and may_lag and running.trial.should_prune():
+            running.stop_reason = f"{LAGGING}: {self._spec.pruner.name} pruner at epoch {result.epoch}"
         self._executor.answer(number, not running.stop_reason)
         best = running.best
         return TrialEpoch(number, result, (best.validation_top1 or 0.0) if best else 0.0)
