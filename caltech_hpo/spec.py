@@ -6,13 +6,34 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
-Architecture = Literal["alexnet", "resnet18", "resnet34", "resnet50", "vgg16", "vgg16_bn"]
+from caltech_hpo.ranges import Choices, Dimension, IntRange
+from caltech_hpo.ranges import Frozen as Frozen
+
+# Every architecture and how many blocks `frozen_blocks` counts in it: AlexNet's convolutions, VGG's and
+# ResNet's stages (ResNet's stem is one), EfficientNet's stem, stages and last convolution.
+BLOCKS = {
+    "alexnet": 5, "resnet18": 5, "resnet34": 5, "resnet50": 5, "vgg16": 5, "vgg16_bn": 5,
+    "efficientnet_lite0": 9,
+}  # fmt: skip
+TIMM = "timm/"  # and a model's name in timm
+
+
+def _known_architecture(name: str) -> str:
+    if name not in BLOCKS and not (name.startswith(TIMM) and len(name) > len(TIMM)):
+        raise ValueError(f"unknown; use one of {', '.join(BLOCKS)}, or {TIMM}NAME for a model of timm")
+    return name
+
+
+Architecture = Annotated[str, AfterValidator(_known_architecture)]
 Freeze = Literal["none", "features", "classifier"]
 AugmentationName = Literal[
-    "center_crop", "random_crop", "center_crop_flip", "random_crop_flip", "center_crop_rotation"
-]
+    "center_crop", "random_crop", "center_crop_flip", "random_crop_flip", "center_crop_rotation",
+    "random_resized_crop", "random_resized_crop_flip", "concat",
+]  # fmt: skip
+OptimizerName = Literal["sgd", "adamw"]
+ScheduleName = Literal["step", "cosine", "one_cycle"]
 Precision = Literal["auto", "bf16", "fp32"]
 FitOn = Literal["train", "train+val"]
 
@@ -21,17 +42,21 @@ SMALLEST_CROP: dict[str, int] = {"alexnet": 63}
 DEFAULT_SMALLEST_CROP = 32
 
 
-class Frozen(BaseModel):
-    """Immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
 class Hyperparameters(Frozen):
     """What one training does, before it is bound to a seed and a data set.
 
-    The defaults are the stock values of the course that the report was written for.
-    Sizes are in pixels; `learning_rate` falls by `gamma` every `step_size` epochs.
+    The defaults are the stock values of the course that the report was written for; what the report
+    does not use is off. Sizes are in pixels.
+
+    `learning_rate` is the highest of the schedule: "step" lets it fall by `gamma` every `step_size`
+    epochs, "cosine" to 0, "one_cycle" rises to it first. `warmup` is the share of the training in
+    which it rises (0: not at all; 0.3 for one_cycle). The head's is `head_lr_factor` times as high.
+    AdamW takes `momentum` as its first beta. `mixup` and `cutmix` are the alpha of their Beta
+    distributions (both above 0: half of the images each), `erasing` a probability, `color_jitter`
+    the largest relative change of brightness, contrast and saturation, `smallest_area` the least
+    share of an image that a random resized crop shows, `ema` the decay of the averaged weights a
+    step. `dropout` None is the architecture's own. `test_time_flip` scores a second time, over each
+    image and its mirror image.
     """
 
     architecture: Architecture
@@ -48,6 +73,21 @@ class Hyperparameters(Frozen):
     resize: Annotated[int, Field(ge=32, le=2048)] = 256
     crop: Annotated[int, Field(ge=32, le=2048)] = 224
     precision: Precision = "auto"
+    optimizer: OptimizerName = "sgd"
+    nesterov: bool = False
+    schedule: ScheduleName = "step"
+    warmup: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    cutmix: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    erasing: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    color_jitter: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    smallest_area: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.08
+    head_lr_factor: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    frozen_blocks: Annotated[int, Field(ge=0)] = 0
+    dropout: Annotated[FiniteFloat, Field(ge=0, lt=1)] | None = None
+    ema: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
+    test_time_flip: bool = False
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Hyperparameters:
@@ -56,6 +96,17 @@ class Hyperparameters(Frozen):
         smallest = SMALLEST_CROP.get(self.architecture, DEFAULT_SMALLEST_CROP)
         if self.crop < smallest:
             raise ValueError(f"crop {self.crop} is too small: {self.architecture} needs at least {smallest}")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Hyperparameters:
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        blocks = BLOCKS.get(self.architecture)
+        if blocks is not None and self.frozen_blocks > blocks:
+            raise ValueError(f"frozen_blocks {self.frozen_blocks}: {self.architecture} has {blocks}")
+        if self.freeze == "classifier" and self.frozen_blocks == blocks:
+            raise ValueError(f"freeze classifier and frozen_blocks {blocks} leave nothing to train")
         return self
 
 
@@ -75,14 +126,15 @@ class Recipe(Hyperparameters):
     @property
     def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 over the canonical JSON."""
-        return digest(self.model_dump(mode="json"))
+        return digest(without_later_defaults(self.model_dump(mode="json")))
 
 
 class EpochResult(Frozen):
     """One epoch, the only thing that a worker hands back while it trains.
 
     Losses are means over images; they may be infinite or NaN, which is for the search to judge.
-    Validation fields are None when the recipe trains on the validation images too.
+    Validation fields are None when the recipe trains on the validation images too;
+    `validation_top1_flip` is the accuracy over each image and its mirror image, where asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
@@ -92,82 +144,10 @@ class EpochResult(Frozen):
     training_loss: float
     validation_loss: float | None
     validation_top1: float | None
+    validation_top1_flip: float | None = None
     images: int
     seconds: float
 
-
-class FloatRange(Frozen):
-    """Real numbers from `low` to `high`, both included; `log` samples the exponent evenly."""
-
-    low: FiniteFloat
-    high: FiniteFloat
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> FloatRange:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low:g} must be below high {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"log = true needs low above 0, not {self.low:g}")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether a number lies in the range."""
-        return isinstance(value, (int, float)) and self.low <= value <= self.high
-
-
-class IntRange(Frozen):
-    """Integers `low`, `low + step`, ... up to `high`."""
-
-    low: int
-    high: int
-    step: Annotated[int, Field(ge=1)] = 1
-
-    @model_validator(mode="after")
-    def _ordered(self) -> IntRange:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low} must be below high {self.high}")
-        if (self.high - self.low) % self.step:
-            raise ValueError(f"high {self.high} is not low {self.low} plus a multiple of step {self.step}")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether an integer lies on the grid."""
-        return (
-            isinstance(value, int) and self.low <= value <= self.high and (value - self.low) % self.step == 0
-        )
-
-
-class Choices(Frozen):
-    """One of the listed values."""
-
-    choices: Annotated[tuple[str | int | float, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Choices:
-        if len(set(self.choices)) != len(self.choices):
-            raise ValueError("a choice is listed twice")
-        return self
-
-    def contains(self, value: Any) -> bool:
-        """Whether the value is listed."""
-        return value in self.choices
-
-
-Dimension = FloatRange | IntRange | Choices
-
-# Searchable fields and the kind of range that each may have besides a list of choices.
-SEARCHABLE: dict[str, type[FloatRange] | type[IntRange] | None] = {
-    "learning_rate": FloatRange,
-    "step_size": IntRange,
-    "epochs": IntRange,
-    "batch_size": IntRange,
-    "momentum": FloatRange,
-    "weight_decay": FloatRange,
-    "gamma": FloatRange,
-    "freeze": None,
-    "augmentation": None,
-}
 
 FIELD_CHECKS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(Annotated[info.annotation, info])  # type: ignore[arg-type]
@@ -217,7 +197,7 @@ class Baseline(Frozen):
     """A hand-tuned row: the values it sets (the rest come from `[recipe]`) and what was published."""
 
     name: Annotated[str, Field(min_length=1)]
-    params: dict[str, str | int | float]
+    params: dict[str, str | bool | int | float]
     published: Published = Published()
 
 
@@ -236,7 +216,8 @@ class StudySpec(Frozen):
     @property
     def hash(self) -> str:
         """16 hexadecimal digits over everything that decides a trial (not the name or the comment)."""
-        return digest(self.model_dump(mode="json", exclude={"name", "about"}))
+        document = self.model_dump(mode="json", exclude={"name", "about"})
+        return digest({**document, "recipe": without_later_defaults(document["recipe"])})
 
     @property
     def most_epochs(self) -> int:
@@ -247,6 +228,22 @@ class StudySpec(Frozen):
         if isinstance(dimension, Choices):
             return max(int(choice) for choice in dimension.choices)
         return self.recipe.epochs
+
+
+# The fields of the first version; later ones count in a hash only where they are used, so that what
+# was recorded before them keeps its hash.
+FIRST_FIELDS = {
+    "architecture", "weights", "freeze", "augmentation", "batch_size", "learning_rate", "momentum",
+    "weight_decay", "step_size", "gamma", "epochs", "resize", "crop", "precision",
+}  # fmt: skip
+
+
+def without_later_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A dumped recipe without the later fields that have their defaults."""
+    later = {
+        name: info.default for name, info in Hyperparameters.model_fields.items() if name not in FIRST_FIELDS
+    }
+    return {name: value for name, value in recipe.items() if name not in later or value != later[name]}
 
 
 def digest(document: Any) -> str:

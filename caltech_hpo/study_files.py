@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -11,15 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from caltech_hpo.errors import SpecError, UsageError
+from caltech_hpo.ranges import SEARCHABLE, Choices, Dimension, FloatRange, IntRange
 from caltech_hpo.spec import (
     FIELD_CHECKS,
-    SEARCHABLE,
     Baseline,
-    Choices,
-    Dimension,
-    FloatRange,
     Hyperparameters,
-    IntRange,
     PrunerSpec,
     SamplerSpec,
     StudySpec,
@@ -105,7 +102,7 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
     data = document.get("data", "caltech101")
     if data not in ("caltech101", "demo", "folder"):
         problems.append(f"data: {data!r} is not one of caltech101, demo, folder")
-    recipe = _model(Hyperparameters, document.get("recipe"), "recipe", problems)
+    recipe = _model(Hyperparameters, _recipe_table(document.get("recipe")), "recipe", problems)
     space = _space(document.get("space", {}), problems)
     sampler = _model(SamplerSpec, document.get("sampler", {}), "sampler", problems)
     pruner = _model(PrunerSpec, document.get("pruner", {}), "pruner", problems)
@@ -113,6 +110,8 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
         problems.append("space: nothing to search; name at least one field with a range or choices")
     faulty = set(document["space"]) - set(space) if isinstance(document.get("space"), dict) else set()
     baselines = _baselines(document.get("baselines", []), space, faulty, recipe, problems)
+    if recipe is not None and not problems:
+        problems.extend(_combination_problems(recipe, space))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise SpecError(f"{source}: {len(problems)} error(s):\n{lines}", "mend these keys in the file")
@@ -121,6 +120,34 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
         name=name, about=about, data=data, recipe=recipe, space=space, sampler=sampler, pruner=pruner,
         baselines=tuple(baselines),
     )  # fmt: skip
+
+
+def _recipe_table(table: Any) -> Any:
+    """`model = "timm/NAME"` says the same as `architecture = "timm/NAME"`."""
+    if isinstance(table, dict) and "model" in table and "architecture" not in table:
+        return {("architecture" if name == "model" else name): value for name, value in table.items()}
+    return table
+
+
+# Fields that some values of others exclude.
+DEPENDENT = ("freeze", "frozen_blocks", "optimizer", "nesterov", "momentum")
+
+
+def _combination_problems(recipe: Hyperparameters, space: dict[str, Dimension]) -> list[str]:
+    """Points of the space that no recipe may be, found before the search would run into them."""
+    ends = {
+        name: dimension.choices if isinstance(dimension, Choices) else (dimension.low, dimension.high)
+        for name, dimension in space.items() if name in DEPENDENT
+    }  # fmt: skip
+    problems: list[str] = []
+    for values in itertools.product(*ends.values()):
+        point = dict(zip(ends, values, strict=True))
+        try:
+            Hyperparameters.model_validate({**recipe.model_dump(), **point})
+        except ValidationError as error:
+            shown = ", ".join(f"{name} = {value}" for name, value in point.items())
+            problems.extend(describe(error, f"space ({shown})"))
+    return problems[:3]
 
 
 def _model(kind: type[Model], table: Any, key: str, problems: list[str]) -> Model | None:

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caltech_hpo.errors import SpecError, UsageError
-from caltech_hpo.spec import Choices, FloatRange, Hyperparameters, IntRange, Recipe
+from caltech_hpo.ranges import Choices, FloatRange, IntRange
+from caltech_hpo.spec import Hyperparameters, Recipe
 from caltech_hpo.study_files import complete_params, load_study, parse_study, read_study, study_files
 
 BUILT_IN = {
+    "lite0-transfer",
     "demo",
     "alexnet-scratch",
     "alexnet-transfer",

@@ -104,6 +104,7 @@ class _Row:
     epochs: int
     note: str
     state: str = "running"
+    doing: str = ""  # before the first epoch
     latest: EpochResult | None = None
     best: float | None = None
     began: float = field(default_factory=time.monotonic)
@@ -125,6 +126,7 @@ class SearchView:
         self._epoch_seconds = [result.seconds for record in done for result in record.epochs]
         self._trial_epochs = [len(record.epochs) for record in done]
         self._rows: dict[int, _Row] = {}
+        self._lines = ProgressBars(console)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -137,12 +139,16 @@ class SearchView:
 
     def handle(self, event: SearchEvent) -> None:
         """Takes in one event."""
-        from caltech_hpo.search.supervisor import Requeued, TrialEnded, TrialEpoch, TrialStarted
+        from caltech_hpo.search.supervisor import Requeued, TrialEnded, TrialEpoch, TrialStarted, TrialWorking
 
         if isinstance(event, TrialStarted):
             self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
             note = f" [baseline {event.baseline}]" if event.baseline else ""
             self._line(f"trial {event.number} starts: {short_params(event.params)}{note}")
+        elif isinstance(event, TrialWorking):
+            self._rows[event.number].doing = f"{event.what}: {event.done:,} of {event.total:,}"
+            if not self._console.is_terminal:
+                self._lines(event.what, event.done, event.total)
         elif isinstance(event, TrialEpoch):
             self._epoch(event.number, event.result, event.best)
         elif isinstance(event, TrialEnded):
@@ -152,7 +158,7 @@ class SearchView:
 
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]
-        row.latest, row.best = result, best
+        row.latest, row.best, row.doing = result, best, ""
         self._epoch_seconds.append(result.seconds)
         self._line(
             f"trial {number} epoch {result.epoch}/{row.epochs}: loss {result.training_loss:.4f}, "
@@ -213,7 +219,7 @@ class SearchView:
         return Group(table, foot)
 
     def _running_note(self, row: _Row) -> str:
-        return f"running, {duration(time.monotonic() - row.began)}"
+        return row.doing or f"running, {duration(time.monotonic() - row.began)}"
 
 
 class EpochView:

@@ -22,7 +22,7 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
-from caltech_hpo.errors import DataError, UsageError
+from caltech_hpo.errors import DataError, UsageError, WeightsError
 from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP
 from caltech_hpo.study_files import base_name, load_study, study_files
 
@@ -166,12 +166,17 @@ def models(
     if context.invoked_subcommand:
         options_after(context)
         return
-    from caltech_hpo.training.models import ARCHITECTURES
+    from caltech_hpo.training.architectures import ARCHITECTURES
     from caltech_hpo.training.summary import summarize
 
     crop = load_study(study).recipe.crop if study else crop
     fitting = [name for name in ARCHITECTURES if crop >= SMALLEST_CROP.get(name, DEFAULT_SMALLEST_CROP)]
-    rows = [summarize(name, crop=crop, classes=classes) for name in fitting]
+    rows = []
+    for name in fitting:
+        try:
+            rows.append(summarize(name, crop=crop, classes=classes))
+        except WeightsError as error:  # comes from a package that is not installed
+            say(f"{name} left out: {error.message}; {error.fix}")
     answer([asdict(row) for row in rows], as_json, models_table(rows))
 
 

@@ -1,6 +1,6 @@
 """Batched augmentation with an own draw for each image.
 
-torchvision.transforms.v2 draws once for a whole batch, so crop, flip and rotation are drawn here.
+torchvision.transforms.v2 draws once for a whole batch, so everything random is drawn here.
 """
 
 from __future__ import annotations
@@ -19,22 +19,37 @@ from caltech_hpo.spec import AugmentationName
 class Augmentation:
     """What happens to an image on its way into a batch.
 
-    `random_crop` draws the crop's place over the whole resized image (else the centre);
-    `flip` mirrors with probability 1/2; `rotation` turns by up to that many degrees either way.
+    `random_crop` draws the crop's place over the whole resized image (else the centre); `resized`
+    draws its size and shape too. `flip` mirrors with that probability; `rotation` turns by up to that
+    many degrees either way. `copies` makes an epoch of that many transformed copies of every image.
     """
 
     random_crop: bool = False
-    flip: bool = False
+    resized: bool = False
+    flip: float = 0.0
     rotation: float = 0.0
+    copies: tuple[Augmentation, ...] = ()
 
 
 AUGMENTATIONS: dict[AugmentationName, Augmentation] = {
     "center_crop": Augmentation(),
     "random_crop": Augmentation(random_crop=True),
-    "center_crop_flip": Augmentation(flip=True),
-    "random_crop_flip": Augmentation(random_crop=True, flip=True),
+    "center_crop_flip": Augmentation(flip=0.5),
+    "random_crop_flip": Augmentation(random_crop=True, flip=0.5),
     "center_crop_rotation": Augmentation(rotation=180.0),
-}
+    "random_resized_crop": Augmentation(resized=True),
+    "random_resized_crop_flip": Augmentation(resized=True, flip=0.5),
+    # What the report proposes and does not try: the union of its four ways to transform an image.
+    "concat": Augmentation(
+        copies=(
+            Augmentation(), Augmentation(random_crop=True), Augmentation(flip=1.0),
+            Augmentation(rotation=180.0),
+        )
+    ),
+}  # fmt: skip
+# Of a random resized crop and of an erased box: width over height, as in torchvision.
+CROP_RATIOS, ERASED_RATIOS = (3 / 4, 4 / 3), (0.3, 3.3)
+ERASED_AREAS = (0.02, 0.33)
 
 
 def crop_corners(sizes: Tensor, crop: int, *, random: bool, generator: torch.Generator) -> Tensor:
@@ -49,9 +64,106 @@ def crop_corners(sizes: Tensor, crop: int, *, random: bool, generator: torch.Gen
     return (draws * (room + 1)).floor().to(torch.int64)
 
 
-def flip_some(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors each image of (n, channels, height, width) left to right with probability 1/2."""
-    chosen = torch.rand(len(batch), generator=generator) < 0.5
+def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """(count,) float32 draws from [low, high)."""
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def boxes(
+    sizes: Tensor, areas: tuple[float, float], ratios: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """A random box in each image: (n, 4) int64 of top, left, height, width from sizes (n, 2).
+
+    Its share of the image is uniform in `areas`, its width over height log-uniform in `ratios`; a side
+    that does not fit is cut to the image's.
+    """
+    count = len(sizes)
+    height, width = sizes.double().unbind(1)
+    area = height * width * uniform(count, *areas, generator)
+    ratio = uniform(count, math.log(ratios[0]), math.log(ratios[1]), generator).double().exp()
+    tall = torch.minimum((area / ratio).sqrt().round().clamp(min=1), height)
+    wide = torch.minimum((area * ratio).sqrt().round().clamp(min=1), width)
+    top = (torch.rand(count, generator=generator) * (height - tall + 1)).floor()
+    left = (torch.rand(count, generator=generator) * (width - wide + 1)).floor()
+    return torch.stack([top, left, tall, wide], 1).long()
+
+
+def inside(box: Tensor, height: int, width: int) -> Tensor:
+    """(n, 1, height, width) bool: which pixels lie in each image's box (n, 4)."""
+    top, left, tall, wide = (column[:, None] for column in box.unbind(1))
+    rows = torch.arange(height, device=box.device)[None]
+    columns = torch.arange(width, device=box.device)[None]
+    in_rows = (rows >= top) & (rows < top + tall)
+    in_columns = (columns >= left) & (columns < left + wide)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
+def jitter_each(batch: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image (n, 3, height, width), pixels 0 to 255.
+
+    Each changes by its own factor in [1 - strength, 1 + strength], in this order.
+    """
+    factors = uniform(3 * len(batch), 1 - strength, 1 + strength, generator).view(3, -1, 1, 1, 1)
+    brightness, contrast, saturation = factors.to(batch.device)
+    batch = (batch * brightness).clamp_(0, 255)
+    batch = torch.lerp(grey(batch).mean((2, 3), keepdim=True), batch, contrast).clamp_(0, 255)
+    return torch.lerp(grey(batch).expand_as(batch), batch, saturation).clamp_(0, 255)
+
+
+def grey(batch: Tensor) -> Tensor:
+    """Luma (n, 1, height, width) of RGB images, ITU-R BT.601, as Pillow and torchvision weigh it."""
+    red, green, blue = batch.unbind(1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def erase_some(batch: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Sets a box of some normalised images to 0 (Zhong et al. 2017, https://arxiv.org/abs/1708.04896)."""
+    count, _, height, width = batch.shape
+    chosen = torch.rand(count, generator=generator) < probability
+    sizes = torch.tensor([[height, width]]).expand(count, 2)
+    box = boxes(sizes, ERASED_AREAS, ERASED_RATIOS, generator) * chosen[:, None]
+    return batch.masked_fill(inside(box.to(batch.device), height, width), 0.0)
+
+
+def mix(
+    batch: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mixes each image with another of the batch; labels (n,) become shares (n, classes) float32.
+
+    Mixup (Zhang et al. 2018, https://arxiv.org/abs/1710.09412) blends, CutMix (Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899) pastes a box; with both, half of the images go either way.
+    """
+    count, _, height, width = batch.shape
+    device = batch.device
+    partner = torch.randperm(count, generator=generator)
+    pasted = torch.rand(count, generator=generator) < (0.5 if mixup and cutmix else float(bool(cutmix)))
+    kept = torch.where(pasted, beta(count, cutmix, generator), beta(count, mixup, generator))
+    sides = torch.sqrt(1 - kept) * pasted
+    center_y, center_x = torch.rand(2, count, generator=generator) * torch.tensor([[height], [width]])
+    top, bottom = ((center_y + sign * sides * height / 2).round().clamp(0, height) for sign in (-1, 1))
+    left, right = ((center_x + sign * sides * width / 2).round().clamp(0, width) for sign in (-1, 1))
+    box = torch.stack([top, left, bottom - top, right - left], 1).long()
+    # a box that hangs over the edge is smaller than was drawn
+    kept = torch.where(pasted, 1 - (box[:, 2] * box[:, 3]) / (height * width), kept).to(device)
+    partner, blend = partner.to(device), kept.masked_fill(pasted.to(device), 1.0)[:, None, None, None]
+    other = batch[partner]
+    mixed = torch.where(inside(box.to(device), height, width), other, torch.lerp(other, batch, blend))
+    shares = functional.one_hot(labels, classes).float()
+    return mixed, torch.lerp(shares[partner], shares, kept[:, None].float())
+
+
+def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """(count,) float32 draws from Beta(alpha, alpha); ones for alpha 0."""
+    if not alpha:
+        return torch.ones(count)
+    first, second = torch._standard_gamma(torch.full((2, count), alpha), generator=generator)
+    share: Tensor = first / (first + second)
+    return share
+
+
+def flip_some(batch: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:
+    """Mirrors each image of (n, channels, height, width) left to right with that probability."""
+    chosen = torch.rand(len(batch), generator=generator) < probability
     return torch.where(chosen.to(batch.device)[:, None, None, None], batch.flip(3), batch)
 
 

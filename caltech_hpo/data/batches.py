@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from caltech_hpo.data.augment import Augmentation, crop_corners, flip_some, rotate_each
-from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.data.augment import (
+    CROP_RATIOS,
+    Augmentation,
+    boxes,
+    crop_corners,
+    erase_some,
+    flip_some,
+    jitter_each,
+    mix,
+    rotate_each,
+)
+from caltech_hpo.data.cache import LabeledImages, Pixels
 
 CENTER_CROP = Augmentation()
 
@@ -31,35 +42,68 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a split becomes batches; `crop` in pixels."""
+    """How a split becomes batches; `crop` in pixels, the others as in `Hyperparameters`.
+
+    What follows `device` applies to training alone. With `mixup` or `cutmix`, labels become shares
+    of `classes`.
+    """
 
     batch_size: int
     crop: int
     normalization: Normalization
     device: torch.device
+    augmentation: Augmentation = CENTER_CROP
+    smallest_area: float = 0.08
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    classes: int = 0
+
+
+def batch_sizes(images: int, plan: BatchPlan) -> list[int]:
+    """The sizes of an epoch's training batches.
+
+    The last may be smaller; one of a single image is left out, since batch norm cannot learn from one
+    value.
+    """
+    images *= len(plan.augmentation.copies) or 1
+    full, rest = divmod(images, plan.batch_size)
+    return [plan.batch_size] * full + ([rest] if rest > 1 or images == 1 else [])
 
 
 def training_batches(
-    data: LabeledImages, plan: BatchPlan, augmentation: Augmentation,
-    order: torch.Generator, draws: torch.Generator,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    data: LabeledImages, plan: BatchPlan, order: torch.Generator, draws: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from `order`, augmented by `draws` (both CPU generators).
 
-    Yields images (n, 3, crop, crop) float32, channels_last, and labels (n,) int64, on the device.
-    The last batch may be smaller; one of a single image is left out, since batch norm cannot
-    learn from one value.
+    Yields images (n, 3, crop, crop) float32, channels_last, and labels (n,) int64 (or shares
+    (n, classes) float32), on the device; n as `batch_sizes` says.
     """
-    permutation = torch.randperm(len(data), generator=order)
-    for chosen in torch.split(permutation, plan.batch_size):
-        if len(chosen) > 1 or len(data) == 1:
-            yield make_batch(data, chosen.numpy(), plan, augmentation, draws)
+    copies = plan.augmentation.copies or (plan.augmentation,)
+    permutation = torch.randperm(len(data) * len(copies), generator=order)
+    for chosen in torch.split(permutation[: sum(batch_sizes(len(data), plan))], plan.batch_size):
+        positions, copy = (chosen % len(data)).numpy(), chosen // len(data)
+        batch, labels = make_batch(data, positions, plan, copies[0], draws)
+        for number, augmentation in enumerate(copies[1:], start=1):
+            mine = (copy == number).nonzero()[:, 0]
+            if len(mine):
+                batch[mine.to(plan.device)] = make_batch(
+                    data, positions[mine.numpy()], plan, augmentation, draws
+                )[0]
+        if plan.erasing:
+            batch = erase_some(batch, plan.erasing, draws)
+        if plan.mixup or plan.cutmix:
+            batch, labels = mix(batch, labels, plan.classes, plan.mixup, plan.cutmix, draws)
+        yield batch.contiguous(memory_format=torch.channels_last), labels
 
 
 def evaluation_batches(data: LabeledImages, plan: BatchPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """All images in order, centre crops; tensors as in `training_batches`."""
     unused = torch.Generator()
+    plain = replace(plan, color_jitter=0.0)
     for chosen in torch.split(torch.arange(len(data)), plan.batch_size):
-        yield make_batch(data, chosen.numpy(), plan, CENTER_CROP, unused)
+        yield make_batch(data, chosen.numpy(), plain, CENTER_CROP, unused)
 
 
 def make_batch(
@@ -67,24 +111,40 @@ def make_batch(
     augmentation: Augmentation, draws: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The images at positions `chosen` as one batch (see `training_batches`)."""
-    crop = plan.crop
     images = [data.images[i] for i in chosen]
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    corners = crop_corners(sizes, crop, random=augmentation.random_crop, generator=draws)
-    pixels = np.empty((len(images), crop, crop, 3), dtype=np.uint8)
-    for i, (image, (top, left)) in enumerate(zip(images, corners.tolist(), strict=True)):
-        pixels[i] = image[top : top + crop, left : left + crop]
+    pixels = cropped(images, plan, augmentation, draws)
     # Pixels cross to the device as bytes, a quarter of their size as floats. NHWC in memory seen
     # as NCHW is what torch calls channels_last: no copy.
     batch = torch.from_numpy(pixels).to(plan.device, non_blocking=True).permute(0, 3, 1, 2)
     if augmentation.flip:
-        batch = flip_some(batch, draws)
+        batch = flip_some(batch, draws, augmentation.flip)
     batch = batch.float()
+    if plan.color_jitter:
+        batch = jitter_each(batch, plan.color_jitter, draws)
     if augmentation.rotation:
         batch = rotate_each(batch, augmentation.rotation, draws).contiguous(memory_format=torch.channels_last)
     normalize_(batch, plan.normalization)
     labels = torch.from_numpy(data.labels[chosen]).to(plan.device, non_blocking=True)
     return batch, labels
+
+
+def cropped(
+    images: list[Pixels], plan: BatchPlan, augmentation: Augmentation, draws: torch.Generator
+) -> Pixels:
+    """The crop of each image: (n, crop, crop, 3) uint8."""
+    crop = plan.crop
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    pixels = np.empty((len(images), crop, crop, 3), dtype=np.uint8)
+    if augmentation.resized:
+        chosen = boxes(sizes, (plan.smallest_area, 1.0), CROP_RATIOS, draws)
+        for i, (image, (top, left, tall, wide)) in enumerate(zip(images, chosen.tolist(), strict=True)):
+            box = Image.fromarray(image[top : top + tall, left : left + wide])
+            pixels[i] = np.asarray(box.resize((crop, crop), Image.Resampling.BILINEAR))
+        return pixels
+    corners = crop_corners(sizes, crop, random=augmentation.random_crop, generator=draws)
+    for i, (image, (top, left)) in enumerate(zip(images, corners.tolist(), strict=True)):
+        pixels[i] = image[top : top + crop, left : left + crop]
+    return pixels
 
 
 def normalize_(batch: Tensor, normalization: Normalization) -> Tensor:

@@ -19,7 +19,7 @@ from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerBugError
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerBugError, Working
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data, open_executor
@@ -39,6 +39,7 @@ class FinalResult(Frozen):
 
     `val_accuracy` is None when the validation images were trained on; `ci95` is Wilson's interval
     of `test_accuracy` over `test_images`; `seeds` says how many trainings it rests on.
+    `test_accuracy_flip` scores each image with its mirror image, where the recipe asks for it.
     """
 
     study: str
@@ -48,6 +49,7 @@ class FinalResult(Frozen):
     val_accuracy: float | None
     test_accuracy: float
     test_mean_per_class_accuracy: float
+    test_accuracy_flip: float | None = None
     test_images: int
     ci95: tuple[float, float]
     fit_on: FitOn
@@ -146,9 +148,13 @@ def retrain(
     )
     folder = unfinished(plan)
     shutil.rmtree(folder, ignore_errors=True)
-    with open_executor(plan.recipe, data, device=device) as executor:
+    with open_executor(plan.recipe, data, device=device, features=plan.place.features) as executor:
         executor.submit(Job(plan.record.number, plan.recipe, keep=folder / "model.safetensors"))
         while not isinstance(event := executor.next_event(), Finished):
+            if isinstance(event, Working):
+                if progress:
+                    progress(event.what, event.done, event.total)
+                continue
             if not isinstance(event, EpochDone):
                 raise _failure(event)
             yield event.result
@@ -201,6 +207,7 @@ def score(
         val_accuracy=best.validation_top1,
         test_accuracy=top1(matrix),
         test_mean_per_class_accuracy=mean_per_class(matrix),
+        test_accuracy_flip=evaluation.top1_flip,
         test_images=int(matrix.sum()),
         ci95=wilson_interval(int(matrix.trace()), int(matrix.sum())),
         fit_on=plan.recipe.fit_on,
@@ -230,11 +237,13 @@ def _evaluate(recipe: Recipe, weights: Path, test: Any, device_name: str) -> Eva
 
     from caltech_hpo.training.checkpoint import load_weights
     from caltech_hpo.training.device import resolve_device
-    from caltech_hpo.training.loop import evaluate, plan_for
+    from caltech_hpo.training.loop import evaluate
     from caltech_hpo.training.models import build_model
+    from caltech_hpo.training.sources import ImageSource, plan_for
 
     device = resolve_device(device_name)
-    model = build_model(recipe.architecture, "none", recipe.classes, seed=0)
+    model = build_model(recipe.architecture, "none", recipe.classes, seed=0, dropout=recipe.dropout)
     load_weights(model, weights)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return evaluate(model, test.open_test(), plan_for(recipe, device), recipe.precision)
+    source = ImageSource(test.open_test(), plan_for(recipe, device))
+    return evaluate(model, source, device, recipe.precision, flip=recipe.test_time_flip)

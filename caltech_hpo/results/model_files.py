@@ -16,7 +16,7 @@ def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
     """Everything that is needed to rebuild the model and to feed it."""
     import torch
 
-    from caltech_hpo.training.loop import plan_for
+    from caltech_hpo.training.sources import plan_for
 
     normalization = plan_for(recipe, torch.device("cpu")).normalization
     return {

@@ -23,6 +23,7 @@ from caltech_hpo.search.messages import (
     Ready,
     Refused,
     WorkerConfig,
+    Working,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class InlineExecutor:
 
         self._context: WorkerContext = open_worker(config)
         self.ready: Ready = self._context.ready
-        self._events: Generator[EpochDone | Finished | Failed, bool, None] | None = None
+        self._events: Generator[Working | EpochDone | Finished | Failed, bool, None] | None = None
         self._go_on: bool | None = None
 
     @property
@@ -84,7 +85,8 @@ class InlineExecutor:
         """Trains until the job's next event."""
         assert self._events is not None, "no job"
         event = next(self._events) if self._go_on is None else self._events.send(self._go_on)
-        if not isinstance(event, EpochDone):
+        self._go_on = None
+        if not isinstance(event, (EpochDone, Working)):
             self._events = None
         return event
 
@@ -172,7 +174,7 @@ class ProcessExecutor:
             self._workers[self._workers.index(worker)] = replacement
             self._await_ready(replacement)
             return died
-        if not isinstance(event, EpochDone):
+        if not isinstance(event, (EpochDone, Working)):
             worker.job = None
         return event
 

@@ -8,22 +8,23 @@ from typing import Literal
 
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.spec import EpochResult, Precision, Recipe
+from caltech_hpo.spec import EpochResult, Hyperparameters, Precision, Recipe
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker opens once. `threads` limits torch's CPU threads (None: torch decides).
+    """What a worker opens once. `threads` limits torch's CPU threads (None: torch decides); `features`
+    is where outputs of frozen prefixes are kept (None: nowhere, they are computed with every batch).
 
-    The study's `architecture` and `weights` are read before the first trial, so that a missing or
-    unsuitable file is refused at once.
+    The model of the study's `recipe` is built before the first trial, so that missing or unsuitable
+    weights are refused at once.
     """
 
     data: SearchData
     device: str
     threads: int | None
-    architecture: str
-    weights: str
+    recipe: Hyperparameters
+    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Refused:
     """A worker cannot start: the error to show."""
 
     error: CaltechHpoError
+
+
+@dataclass(frozen=True)
+class Working:
+    """What a job does before its first epoch: `done` of `total`. Needs no answer."""
+
+    job: int
+    what: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class Died:
     exit_code: int
 
 
-Event = EpochDone | Finished | Failed | Died
+Event = Working | EpochDone | Finished | Failed | Died
 
 
 class WorkerBugError(RuntimeError):

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import Hyperparameters, Precision, StudySpec
+from caltech_hpo.spec import TIMM, Hyperparameters, Precision, StudySpec
 from caltech_hpo.study_files import complete_params, describe, load_study
 
 SMOKE_EPOCHS = 2
@@ -39,6 +39,11 @@ class Place:
     def cache(self) -> Path:
         """Decoded pixels."""
         return (self.scratch or self.home) / "cache"
+
+    @property
+    def features(self) -> Path:
+        """Outputs of frozen prefixes."""
+        return self.cache / "features"
 
     @property
     def datasets(self) -> Path:
@@ -79,11 +84,25 @@ def resolve_spec(request: SearchRequest) -> StudySpec:
     given = {name: value for name, value in changes.items() if value is not None}
     if given:
         spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update=given)})
+    spec = with_own_sizes(spec)
     if spec.recipe.weights not in ("none", "imagenet") and not Path(spec.recipe.weights).is_file():
         raise WeightsError(f"{spec.recipe.weights}: there is no such weights file", "give --weights FILE")
     for params in request.enqueue:
         check_enqueued(spec, params)
     return spec if request.subset is None else shortened(spec)
+
+
+def with_own_sizes(spec: StudySpec) -> StudySpec:
+    """A model of timm gets the resize and crop that timm evaluates it with, unless the file gives them."""
+    recipe = spec.recipe
+    if not recipe.architecture.startswith(TIMM):
+        return spec
+    from caltech_hpo.training.timm_models import timm_sizes
+
+    own = dict(zip(("resize", "crop"), timm_sizes(recipe.architecture), strict=True))
+    missing = {name: size for name, size in own.items() if name not in recipe.model_fields_set}
+    changed = Hyperparameters.model_validate({**recipe.model_dump(), **missing})
+    return spec.model_copy(update={"recipe": changed})
 
 
 def check_enqueued(spec: StudySpec, params: dict[str, Any]) -> None:

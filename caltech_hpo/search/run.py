@@ -116,7 +116,9 @@ def _run(
     storage = open_storage(place.storage)
     workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
-    with open_executor(spec.recipe, data, device=request.device, workers=workers) as executor:
+    with open_executor(
+        spec.recipe, data, device=request.device, workers=workers, features=place.features
+    ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,
             sampler_seed=request.seed, allow_changed=request.allow_changed,
@@ -150,14 +152,14 @@ def enqueue(study: optuna.Study, points: list[dict[str, Any]], say: Say) -> None
 
 @contextlib.contextmanager
 def open_executor(
-    recipe: Hyperparameters, data: SearchData, *, device: str, workers: int = 1
+    recipe: Hyperparameters, data: SearchData, *, device: str, workers: int = 1, features: Path | None = None
 ) -> Iterator[ProcessExecutor]:
     """Local worker processes, sharing the CPU's cores evenly; ended on leaving."""
     from caltech_hpo.search.executors import ProcessExecutor
     from caltech_hpo.search.messages import WorkerConfig
 
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
-    config = WorkerConfig(data, device, threads, recipe.architecture, recipe.weights)
+    config = WorkerConfig(data, device, threads, recipe, features)
     executor = ProcessExecutor(config, workers)
     try:
         yield executor

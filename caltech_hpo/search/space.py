@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.spec import Choices, Dimension, IntRange, Precision, Recipe, StudySpec
+from caltech_hpo.ranges import Choices, Dimension, IntRange
+from caltech_hpo.spec import Precision, Recipe, StudySpec
 
 if TYPE_CHECKING:
     import optuna

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, WorkerBugError
+from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, WorkerBugError, Working
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY
 from caltech_hpo.search.space import Binding, recipe_for, suggest
@@ -35,6 +35,16 @@ class TrialStarted:
     params: dict[str, Any]
     epochs: int
     baseline: str
+
+
+@dataclass(frozen=True)
+class TrialWorking:
+    """What a trial does before its first epoch: `done` of `total`."""
+
+    number: int
+    what: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Requeued:
     number: int
 
 
-SearchEvent = TrialStarted | TrialEpoch | TrialEnded | Requeued
+SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | Requeued
 
 
 @dataclass
@@ -180,6 +190,8 @@ class Supervisor:
         running = self._running[event.job]
         if isinstance(event, EpochDone):
             yield self._epoch(running, event.result)
+        elif isinstance(event, Working):
+            yield TrialWorking(event.job, event.what, event.done, event.total)
         elif isinstance(event, (Failed, Died)):
             yield self._failed(running, event)
         else:

@@ -9,18 +9,32 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
-from caltech_hpo.data.cache import LabeledImages
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.search.messages import EpochDone, Failed, Finished, Job, Ready, Refused, WorkerConfig
+from caltech_hpo.search.messages import (
+    EpochDone,
+    Failed,
+    Finished,
+    Job,
+    Ready,
+    Refused,
+    WorkerConfig,
+    Working,
+)
 from caltech_hpo.training.checkpoint import save_weights
 from caltech_hpo.training.device import describe_device, resolve_device, resolve_precision
-from caltech_hpo.training.loop import model_for, train
-from caltech_hpo.training.models import build_model, weights_sha256
+from caltech_hpo.training.features import Split
+from caltech_hpo.training.loop import train
+from caltech_hpo.training.models import apply_freeze, build_model, weights_sha256
+from caltech_hpo.training.prepare import Prepared, prepare
 
 PACKAGES = ("caltech-hpo", "torch", "torchvision", "optuna")
+JobEvent = Working | EpochDone | Finished | Failed
+# Between progress messages of one job, in parts of the whole.
+PROGRESS_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,9 @@ class WorkerContext:
     """What stays open over a worker's jobs."""
 
     device: torch.device
-    training: LabeledImages
-    validation: LabeledImages
+    training: Split
+    validation: Split
+    features: Path | None
     ready: Ready
 
 
@@ -38,18 +53,28 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    build_model(config.architecture, config.weights, len(config.data.classes), seed=0)  # refuses bad weights
+    recipe, data = config.recipe, config.data
+    # refuses bad weights, and a dropout or frozen blocks that the model has no place for
+    model = build_model(
+        recipe.architecture, recipe.weights, len(data.classes), seed=0, dropout=recipe.dropout
+    )
+    apply_freeze(model, recipe)
     ready = Ready(
         device=describe_device(device),
         precision=resolve_precision("auto", device),
         versions={package: version(package) for package in PACKAGES},
-        weights_sha256=weights_sha256(config.weights),
+        weights_sha256=weights_sha256(recipe.weights),
     )
-    return WorkerContext(device, config.data.open_training(), config.data.open_validation(), ready)
+    training = Split(((data.open_training(), data.training_cache.stem),))
+    validation = Split(((data.open_validation(), data.validation_cache.stem),))
+    return WorkerContext(device, training, validation, config.features, ready)
 
 
-def run_job(job: Job, context: WorkerContext) -> Generator[EpochDone | Finished | Failed, bool, None]:
-    """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished or Failed."""
+def run_job(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:
+    """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished or Failed.
+
+    `Working` comes before the first epoch and takes no answer.
+    """
     try:
         yield from _epochs(job, context)
     except torch.OutOfMemoryError as error:
@@ -67,19 +92,28 @@ def run_job(job: Job, context: WorkerContext) -> Generator[EpochDone | Finished 
         torch.cuda.empty_cache()
 
 
-def _epochs(job: Job, context: WorkerContext) -> Generator[EpochDone | Finished | Failed, bool, None]:
+def _epochs(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:
     recipe = job.recipe
-    both = recipe.fit_on == "train+val"
-    training = context.training + context.validation if both else context.training
-    model = model_for(recipe, context.device)
+    training: Split = context.training
+    validation: Split | None = context.validation
+    if recipe.fit_on == "train+val":
+        training, validation = Split(training.parts + context.validation.parts), None
+    prepared, shown = None, -1
+    for step in prepare(recipe, training, validation, context.device, features=context.features):
+        if isinstance(step, Prepared):
+            prepared = step
+        elif (share := PROGRESS_STEPS * step[1] // step[2]) != shown:
+            shown = share
+            yield Working(job.number, *step)
+    assert prepared is not None, "prepare ends with it"
     best = -1.0
-    for result in train(recipe, model, training, None if both else context.validation, context.device):
+    for result in train(recipe, prepared):
         score = result.validation_top1
         improved = result.epoch == recipe.epochs if score is None else score > best
         if improved:
             best = score if score is not None else best
             if job.keep is not None:
-                save_weights(model, job.keep)
+                save_weights(prepared.model, job.keep)
         go_on = yield EpochDone(job.number, result)
         if not go_on:
             break
@@ -99,8 +133,8 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
         while (job := connection.recv()) is not None:
             events = run_job(job, context)
             event = next(events)
-            while isinstance(event, EpochDone):
+            while isinstance(event, (EpochDone, Working)):
                 connection.send(event)
-                event = events.send(connection.recv())
+                event = events.send(connection.recv()) if isinstance(event, EpochDone) else next(events)
             connection.send(event)
             events.close()

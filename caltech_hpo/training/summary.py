@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError
-from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP
-from caltech_hpo.training.models import ARCHITECTURES
+from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
+from caltech_hpo.training.architectures import ARCHITECTURES
+from caltech_hpo.training.models import untrained
+from caltech_hpo.training.timm_models import timm_config
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,18 @@ class ModelSummary:
 
 def require_architecture(name: str) -> None:
     """Raises UsageError for an unknown architecture, naming the known ones."""
-    if name not in ARCHITECTURES:
-        raise UsageError(f"there is no architecture '{name}'", f"known: {', '.join(ARCHITECTURES)}")
+    if name.startswith(TIMM):
+        timm_config(name)
+    elif name not in ARCHITECTURES:
+        raise UsageError(
+            f"there is no architecture '{name}'", f"known: {', '.join(ARCHITECTURES)}, {TIMM}NAME"
+        )
 
 
 def meta_model(architecture: str, classes: int) -> nn.Module:
     """The architecture without memory for its parameters."""
-    from torchvision import models
-
     with torch.device("meta"):
-        model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes)
-    return model
+        return untrained(architecture, classes)
 
 
 def summarize(architecture: str, *, crop: int = 224, classes: int = 101) -> ModelSummary:

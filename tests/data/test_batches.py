@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation, crop_corners, flip_some, rotate_each
+from caltech_hpo.data.augment import AUGMENTATIONS, crop_corners, flip_some, rotate_each
 from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, evaluation_batches, training_batches
 from caltech_hpo.data.cache import LabeledImages, decode_image
 from caltech_hpo.data.dataset import scan
@@ -88,7 +88,7 @@ def test_an_epoch_sees_every_image_once_in_a_seeded_order():
     data, plan = images_of(11), BatchPlan(4, 32, HALF, CPU)
 
     def epoch(seed):
-        batches = training_batches(data, plan, Augmentation(), generator(seed), generator(0))
+        batches = training_batches(data, plan, generator(seed), generator(0))
         return torch.cat([labels for _, labels in batches]).tolist()
 
     assert sorted(epoch(1)) == list(range(11))
@@ -97,14 +97,14 @@ def test_an_epoch_sees_every_image_once_in_a_seeded_order():
 
 def test_a_last_batch_of_one_image_is_left_out():
     data, plan = images_of(9), BatchPlan(4, 32, HALF, CPU)
-    sizes = [len(y) for _, y in training_batches(data, plan, Augmentation(), generator(1), generator(0))]
+    sizes = [len(y) for _, y in training_batches(data, plan, generator(1), generator(0))]
     assert sizes == [4, 4]
 
 
 def test_random_crops_differ_and_reach_every_place():
-    data, plan = images_of(400, size=(34, 40)), BatchPlan(400, 32, HALF, CPU)
-    augmentation = AUGMENTATIONS["random_crop"]
-    images, labels = next(training_batches(data, plan, augmentation, generator(1), generator(2)))
+    data = images_of(400, size=(34, 40))
+    plan = BatchPlan(400, 32, HALF, CPU, AUGMENTATIONS["random_crop"])
+    images, labels = next(training_batches(data, plan, generator(1), generator(2)))
     top = bytes_of(images)[:, 1, 0, 0].round().int().tolist()
     left = bytes_of(images)[:, 2, 0, 0].round().int().tolist()
     assert set(top) == {0, 1, 2} and set(left) == set(range(9))
@@ -144,11 +144,12 @@ def test_rotation_turns_each_image_by_its_own_angle():
 
 @pytest.mark.parametrize("name", AugmentationName.__args__)
 def test_every_augmentation_is_seeded_and_in_range(name):
-    data, plan = images_of(6), BatchPlan(6, 32, HALF, CPU)
+    data, plan = images_of(6), BatchPlan(6, 32, HALF, CPU, AUGMENTATIONS[name])
 
     def draw(seed):
-        images, _ = next(training_batches(data, plan, AUGMENTATIONS[name], generator(0), generator(seed)))
-        return images
+        return torch.cat(
+            [images for images, _ in training_batches(data, plan, generator(0), generator(seed))]
+        )
 
     assert torch.equal(draw(1), draw(1))
     assert name == "center_crop" or not torch.equal(draw(1), draw(2))
@@ -160,7 +161,7 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu():
     data, gpu = images_of(6), torch.device("cuda", 0)
     for augmentation in AUGMENTATIONS.values():
         here, there = (
-            next(training_batches(data, BatchPlan(6, 32, HALF, d), augmentation, generator(0), generator(1)))[
+            next(training_batches(data, BatchPlan(6, 32, HALF, d, augmentation), generator(0), generator(1)))[
                 0
             ]
             for d in (CPU, gpu)

@@ -15,14 +15,14 @@ from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import UsageError, WeightsError
 from caltech_hpo.search.executors import InlineExecutor, ProcessExecutor
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerConfig
-from caltech_hpo.spec import Recipe
+from caltech_hpo.spec import Hyperparameters, Recipe
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("executors")
     data = load_search_data(scan(write_folders(folder / "images")), 36, folder / "cache")
-    return WorkerConfig(data, "cpu", 1, "resnet18", "none")
+    return WorkerConfig(data, "cpu", 1, Hyperparameters(architecture="resnet18"))
 
 
 def recipe(**changes):
@@ -104,7 +104,13 @@ def test_workers_end_with_the_executor_even_in_mid_epoch(config):
 
 @pytest.mark.parametrize(
     ("change", "error"),
-    [({"device": "cuda:99"}, UsageError), ({"weights": "absent.pth"}, WeightsError)],
+    [
+        ({"device": "cuda:99"}, UsageError),
+        (
+            {"recipe": Hyperparameters(architecture="resnet18", weights="absent.pth")},
+            WeightsError,
+        ),
+    ],
 )
 def test_what_a_worker_refuses_is_raised_before_any_job(config, change, error):
     with pytest.raises(error):
@@ -124,9 +130,9 @@ def test_memory_that_runs_out_is_an_outcome(config):
     def exhausted(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    original, worker.model_for = worker.model_for, exhausted
+    original, worker.train = worker.train, exhausted
     try:
         events = play(InlineExecutor(config), Job(0, recipe()))
     finally:
-        worker.model_for = original
+        worker.train = original
     assert events == [Failed(0, "out of memory", "tried to allocate 20 GiB")]

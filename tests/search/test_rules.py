@@ -10,10 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError
+from caltech_hpo.ranges import Choices
 from caltech_hpo.search.pruning import divergence, make_pruner, make_sampler
 from caltech_hpo.search.request import check_enqueued
 from caltech_hpo.search.space import Binding, recipe_for, suggest
-from caltech_hpo.spec import Choices, EpochResult, PrunerSpec, SamplerSpec
+from caltech_hpo.spec import EpochResult, PrunerSpec, SamplerSpec
 from caltech_hpo.study_files import complete_params, load_study
 
 BINDING = Binding(classes=101, data="x", seed=3, precision="bf16")

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from caltech_hpo.errors import StorageError, UsageError
+from caltech_hpo.ranges import Choices, FloatRange
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.storage import (
@@ -21,7 +22,6 @@ from caltech_hpo.search.storage import (
     shown,
     study_names,
 )
-from caltech_hpo.spec import Choices, FloatRange
 from caltech_hpo.study_files import load_study
 
 

@@ -14,7 +14,10 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.checkpoint import load_weights, save_weights
 from caltech_hpo.training.device import has_fast_bf16, resolve_device, resolve_precision
-from caltech_hpo.training.loop import derive_seed, evaluate, model_for, plan_for, train
+from caltech_hpo.training.features import Split
+from caltech_hpo.training.loop import evaluate, train
+from caltech_hpo.training.prepare import Prepared, derive_seed, model_for, prepare
+from caltech_hpo.training.sources import ImageSource, plan_for
 
 CPU = torch.device("cpu")
 
@@ -34,9 +37,15 @@ def recipe(**changes) -> Recipe:
     return Recipe.model_validate(values | changes)
 
 
-def run(made: Recipe, data, validation=True):
-    model = model_for(made, CPU)
-    return model, list(train(made, model, data[0], data[1] if validation else None, CPU))
+def prepared(made: Recipe, data, validation=True, features=None) -> Prepared:
+    training, validated = (Split(((images, name),)) for images, name in zip(data, ("a", "b"), strict=True))
+    *_, ready = prepare(made, training, validated if validation else None, CPU, features=features)
+    return ready
+
+
+def run(made: Recipe, data, validation=True, features=None):
+    ready = prepared(made, data, validation, features)
+    return ready.model, list(train(made, ready))
 
 
 def test_it_learns_and_says_so(data):
@@ -83,7 +92,7 @@ def test_evaluation_agrees_with_its_predictions_and_survives_a_file(data, tmp_pa
     save_weights(model, tmp_path / "deep" / "model.safetensors")
     again = model_for(recipe(seed=5), CPU)
     load_weights(again, tmp_path / "deep" / "model.safetensors")
-    scores = evaluate(again, data[1], plan_for(made, CPU), "fp32")
+    scores = evaluate(again, ImageSource(data[1], plan_for(made, CPU)), CPU, "fp32")
     assert scores.top1 == epochs[-1].validation_top1
     assert scores.loss == pytest.approx(epochs[-1].validation_loss)
     assert scores.top1 == float((scores.predictions == scores.labels).double().mean())
@@ -120,5 +129,7 @@ def test_devices_and_precision():
 def test_training_on_a_gpu(data):
     device = torch.device("cuda", 0)
     made = recipe(epochs=4, precision="auto")
-    epochs = list(train(made, model_for(made, device), *data, device))
+    training, validation = (Split(((images, name),)) for images, name in zip(data, ("a", "b"), strict=True))
+    *_, ready = prepare(made, training, validation, device)
+    epochs = list(train(made, ready))
     assert epochs[-1].training_loss < epochs[0].training_loss

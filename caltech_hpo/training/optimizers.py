@@ -1,0 +1,60 @@
+"""A recipe's optimizer and learning-rate schedule, from torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from caltech_hpo.spec import Recipe
+from caltech_hpo.training.architectures import architecture_info
+
+ONE_CYCLE_WARMUP = 0.3  # torch's and fastai's default
+FIRST_FACTOR = 0.01  # where a linear warm-up begins, as a share of the learning rate
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over what learns; the head in a group of its own, the last, where its rate differs."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": learning}]
+    if recipe.head_lr_factor != 1:
+        head_module = model.get_submodule(architecture_info(recipe.architecture).head)
+        head = {id(p) for p in head_module.parameters()}
+        rate = recipe.learning_rate * recipe.head_lr_factor
+        groups = [
+            {"params": [p for p in learning if id(p) not in head]},
+            {"params": [p for p in learning if id(p) in head], "lr": rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay
+        )
+    return torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )  # fmt: skip
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_an_epoch: int
+) -> lr_scheduler.LRScheduler:
+    """The schedule, to be stepped after every batch."""
+    steps = recipe.epochs * steps_an_epoch
+    if recipe.schedule == "one_cycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps,
+            pct_start=recipe.warmup or ONE_CYCLE_WARMUP, cycle_momentum=False,
+        )  # fmt: skip
+    rising = round(recipe.warmup * steps)
+    main: lr_scheduler.LRScheduler
+    if recipe.schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - rising))
+    else:
+        main = lr_scheduler.StepLR(optimizer, recipe.step_size * steps_an_epoch, recipe.gamma)
+    if not rising:
+        return main
+    warmup = lr_scheduler.LinearLR(optimizer, FIRST_FACTOR, total_iters=rising)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, main], milestones=[rising])

@@ -1,0 +1,101 @@
+"""Where a training's batches come from: decoded images, or stored outputs of a frozen prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from caltech_hpo.data.augment import AUGMENTATIONS
+from caltech_hpo.data.batches import BatchPlan, batch_sizes, evaluation_batches, training_batches
+from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.spec import Recipe
+from caltech_hpo.training.architectures import normalization_for
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class Source(Protocol):
+    """A split, as batches of (inputs, labels) on its device."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of an epoch's training batches."""
+
+    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
+        """One epoch in random order, augmented."""
+
+    def evaluation(self, *, flipped: bool = False) -> Batches:
+        """All images in order, centre crops, mirrored if `flipped`."""
+
+
+def plan_for(recipe: Recipe, device: torch.device) -> BatchPlan:
+    """How the recipe's images become batches; pretrained weights bring their own normalisation."""
+    return BatchPlan(
+        recipe.batch_size, recipe.crop, normalization_for(recipe.architecture, recipe.weights), device,
+        augmentation=AUGMENTATIONS[recipe.augmentation], smallest_area=recipe.smallest_area,
+        color_jitter=recipe.color_jitter, erasing=recipe.erasing, mixup=recipe.mixup,
+        cutmix=recipe.cutmix, classes=recipe.classes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Batches of normalised images (n, 3, crop, crop)."""
+
+    images: LabeledImages
+    plan: BatchPlan
+
+    @property
+    def sizes(self) -> list[int]:
+        """As `batch_sizes` says."""
+        return batch_sizes(len(self.images), self.plan)
+
+    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
+        """One epoch, augmented."""
+        return training_batches(self.images, self.plan, order, draws)
+
+    def evaluation(self, *, flipped: bool = False) -> Batches:
+        """Centre crops."""
+        for pixels, labels in evaluation_batches(self.images, self.plan):
+            yield (pixels.flip(3) if flipped else pixels), labels
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """Batches of stored features: `views` are (n, ...) of the plain and, if needed, the mirrored images.
+
+    The draws are those that an `ImageSource` of the same plan makes, so that a recipe trains on the
+    same images in the same order, mirrored or not.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    plan: BatchPlan
+
+    @property
+    def sizes(self) -> list[int]:
+        """As `batch_sizes` says."""
+        return batch_sizes(len(self.labels), self.plan)
+
+    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
+        """One epoch; images are mirrored as the augmentation says."""
+        permutation = torch.randperm(len(self.labels), generator=order)
+        flip = self.plan.augmentation.flip
+        for chosen in torch.split(permutation[: sum(self.sizes)], self.plan.batch_size):
+            batch = self._rows(self.views[0], chosen)
+            if flip:
+                mirrored = torch.rand(len(chosen), generator=draws) < flip
+                batch[mirrored.to(batch.device)] = self._rows(self.views[1], chosen[mirrored])
+            yield batch, self._rows(self.labels, chosen)
+
+    def evaluation(self, *, flipped: bool = False) -> Batches:
+        """All in order."""
+        for chosen in torch.split(torch.arange(len(self.labels)), self.plan.batch_size):
+            yield self._rows(self.views[int(flipped)], chosen), self._rows(self.labels, chosen)
+
+    def _rows(self, tensor: Tensor, chosen: Tensor) -> Tensor:
+        return tensor[chosen.to(tensor.device)].to(self.plan.device)
