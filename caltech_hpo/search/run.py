@@ -126,7 +126,9 @@ def _run(
             classes=len(data.classes), data=data.fingerprint, seed=request.seed,
             precision=executor.ready.precision, weights_sha256=executor.ready.weights_sha256,
         )  # fmt: skip
-        supervisor = Supervisor(study, storage, spec, executor, binding, baselines=request.baselines)
+        supervisor = Supervisor(
+            study, storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
+        )
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)
         try:
