@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.spec import StudySpec
+from caltech_hpo.study_files import load_study
 
 if TYPE_CHECKING:
     import optuna
@@ -69,6 +70,17 @@ def with_defaults(stored_json: str) -> Any:
     with contextlib.suppress(ValidationError):
         stored_json = StudySpec.model_validate_json(stored_json).model_dump_json()
     return json.loads(stored_json)
+
+
+def study_spec(study: optuna.Study) -> StudySpec:
+    """The spec that a study was made with; its file's, if it ended before it was written down.
+
+    Raises UsageError for a study that is not ours.
+    """
+    stored_json = study.user_attrs.get(SPEC_ATTR)
+    if stored_json is None:
+        return load_study(study.study_name)
+    return StudySpec.model_validate_json(stored_json)
 
 
 def next_number(study: optuna.Study, name: str) -> int:

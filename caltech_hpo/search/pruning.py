@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CLIMB = 1.5
 CLIMB_EPOCHS = 2
 PERCENT = 100
+DIVERGED = "diverged"
 
 
 def divergence(results: Sequence[EpochResult]) -> str:
@@ -27,12 +28,12 @@ def divergence(results: Sequence[EpochResult]) -> str:
     for name in ("training_loss", "validation_loss"):
         loss = getattr(latest, name)
         if loss is not None and not math.isfinite(loss):
-            return f"diverged: {name.replace('_', ' ')} is {loss} at epoch {latest.epoch}"
+            return f"{DIVERGED}: {name.replace('_', ' ')} is {loss} at epoch {latest.epoch}"
     tail = results[-CLIMB_EPOCHS:]
     limit = CLIMB * first.training_loss
     if len(results) > CLIMB_EPOCHS and all(result.training_loss > limit for result in tail):
         return (
-            f"diverged: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, "
+            f"{DIVERGED}: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, "
             f"above {CLIMB} times the first epoch's {first.training_loss:.3g} for {CLIMB_EPOCHS} epochs"
         )
     return ""
