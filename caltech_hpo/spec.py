@@ -166,7 +166,8 @@ class PrunerSpec(Frozen):
     """Which Optuna pruner ends trials that lag; no trial is pruned before `warmup_epochs`.
 
     `startup_trials` completed trials come before median and percentile prune. `percentile` keeps
-    that share of trials; `reduction_factor` is Hyperband's.
+    that share of trials; `reduction_factor` is Hyperband's. `compare_at` says where trials of different
+    lengths meet: at the same epoch, or at the same fraction of each one's own schedule.
     """
 
     name: Literal["median", "percentile", "hyperband", "none"] = "median"
@@ -174,6 +175,7 @@ class PrunerSpec(Frozen):
     startup_trials: Annotated[int, Field(ge=1)] = 4
     percentile: Annotated[FiniteFloat, Field(gt=0, lt=100)] = 50.0
     reduction_factor: Annotated[int, Field(ge=2)] = 3
+    compare_at: Literal["epoch", "fraction"] = "epoch"
 
 
 class Published(Frozen):
@@ -217,7 +219,10 @@ class StudySpec(Frozen):
     def hash(self) -> str:
         """16 hexadecimal digits over everything that decides a trial (not the name or the comment)."""
         document = self.model_dump(mode="json", exclude={"name", "about"})
-        return digest({**document, "recipe": without_later_defaults(document["recipe"])})
+        document["recipe"] = without_later_defaults(document["recipe"])
+        if self.pruner.compare_at == "epoch":  # studies made before the field keep their hash
+            del document["pruner"]["compare_at"]
+        return digest(document)
 
     @property
     def most_epochs(self) -> int:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -21,11 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 if TYPE_CHECKING:
-    from caltech_hpo.search.records import TrialRecord
-    from caltech_hpo.search.supervisor import SearchEvent
     from caltech_hpo.spec import EpochResult
 
 SHORT = {
@@ -36,7 +29,6 @@ SHORT = {
     "momentum": "mom",
 }
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
-ROWS = 12
 
 
 def short_params(params: dict[str, Any]) -> str:
@@ -95,131 +87,6 @@ class ProgressBars:
         """Removes the bars."""
         if self._bars.live.is_started:
             self._bars.stop()
-
-
-@dataclass
-class _Row:
-    number: int
-    params: dict[str, Any]
-    epochs: int
-    note: str
-    state: str = "running"
-    doing: str = ""  # before the first epoch
-    latest: EpochResult | None = None
-    best: float | None = None
-    began: float = field(default_factory=time.monotonic)
-
-
-class SearchView:
-    """The live table of a search on a terminal; plain lines elsewhere."""
-
-    def __init__(
-        self, console: Console, study: str, trials: int, records: Sequence[TrialRecord], workers: int
-    ):
-        self._console, self._study, self._trials, self._workers = console, study, trials, workers
-        done = [record for record in records if record.state in ("complete", "pruned")]
-        self._finished = len(done)
-        complete = [
-            record.value for record in done if record.state == "complete" and record.value is not None
-        ]
-        self._best = max(complete, default=None)
-        self._epoch_seconds = [result.seconds for record in done for result in record.epochs]
-        self._trial_epochs = [len(record.epochs) for record in done]
-        self._rows: dict[int, _Row] = {}
-        self._lines = ProgressBars(console)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Keeps the table on the screen while the search runs."""
-        if not self._console.is_terminal:
-            yield
-            return
-        with Live(get_renderable=self._render, console=self._console, refresh_per_second=2):
-            yield
-
-    def handle(self, event: SearchEvent) -> None:
-        """Takes in one event."""
-        from caltech_hpo.search.supervisor import Requeued, TrialEnded, TrialEpoch, TrialStarted, TrialWorking
-
-        if isinstance(event, TrialStarted):
-            self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
-            note = f" [baseline {event.baseline}]" if event.baseline else ""
-            self._line(f"trial {event.number} starts: {short_params(event.params)}{note}")
-        elif isinstance(event, TrialWorking):
-            self._rows[event.number].doing = f"{event.what}: {event.done:,} of {event.total:,}"
-            if not self._console.is_terminal:
-                self._lines(event.what, event.done, event.total)
-        elif isinstance(event, TrialEpoch):
-            self._epoch(event.number, event.result, event.best)
-        elif isinstance(event, TrialEnded):
-            self._ended(event.number, event.state, event.value, event.stop_reason)
-        elif isinstance(event, Requeued):
-            self._line(f"trial {event.number} was left unfinished; its parameters are queued again")
-
-    def _epoch(self, number: int, result: EpochResult, best: float) -> None:
-        row = self._rows[number]
-        row.latest, row.best, row.doing = result, best, ""
-        self._epoch_seconds.append(result.seconds)
-        self._line(
-            f"trial {number} epoch {result.epoch}/{row.epochs}: loss {result.training_loss:.4f}, "
-            f"validation {percent(result.validation_top1)} (best of trial {percent(best)}, of study "
-            f"{percent(self._best)}), {result.seconds:.0f} s, {self.time_left()} left"
-        )
-
-    def _ended(self, number: int, state: str, value: float | None, reason: str) -> None:
-        row = self._rows[number]
-        row.state = state if reason in ("", "finished") else f"{state}: {reason}"
-        if state in ("complete", "pruned"):
-            self._finished += 1
-            self._trial_epochs.append(row.latest.epoch if row.latest else 0)
-        if state == "complete" and value is not None:
-            self._best = max(value, self._best or 0.0)
-        self._line(
-            f"trial {number} {row.state}, best validation {percent(value)}; "
-            f"{self._finished} of {self._trials} finished, best of study {percent(self._best)}"
-        )
-
-    def time_left(self) -> str:
-        """The expected time until all trials are finished, from the epochs seen."""
-        if not self._epoch_seconds:
-            return "unknown time"
-        usual = statistics.median(self._epoch_seconds)
-        running = [row for row in self._rows.values() if row.state == "running"]
-        planned = [row.epochs for row in self._rows.values()]
-        per_trial = statistics.mean(self._trial_epochs or planned or [0])
-        open_epochs = sum(row.epochs - (row.latest.epoch if row.latest else 0) for row in running)
-        later = max(0, self._trials - self._finished - len(running))
-        return duration(usual * (open_epochs + later * per_trial) / self._workers)
-
-    def _line(self, text: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _render(self) -> RenderableType:
-        table = Table(
-            title=f"study {escape(self._study)}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        for name in ("trial", "parameters", "epoch", "loss", "validation", "best", "state"):
-            table.add_column(name, justify="left" if name in ("parameters", "state") else "right")
-        for row in list(self._rows.values())[-ROWS:]:
-            latest = row.latest
-            table.add_row(
-                str(row.number),
-                escape(short_params(row.params) + (f"  ({row.note})" if row.note else "")),
-                f"{latest.epoch if latest else 0}/{row.epochs}",
-                f"{latest.training_loss:.4f}" if latest else "-",
-                percent(latest.validation_top1 if latest else None),
-                percent(row.best),
-                escape(row.state if row.state != "running" else self._running_note(row)),
-            )
-        foot = (
-            f"{self._finished} of {self._trials} trials finished, best validation {percent(self._best)}, "
-            f"{self.time_left()} left"
-        )
-        return Group(table, foot)
-
-    def _running_note(self, row: _Row) -> str:
-        return row.doing or f"running, {duration(time.monotonic() - row.began)}"
 
 
 class EpochView:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from caltech_hpo.cli.display import SearchView, short_params
+from caltech_hpo.cli.display import short_params
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -25,6 +25,7 @@ from caltech_hpo.cli.options import (
     progress_bars,
     say,
 )
+from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search import run
@@ -57,6 +58,9 @@ def search(
         float | None, typer.Option(min=0.01, help="Minutes after which no trial begins.")
     ] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Skip the hand-tuned rows.")] = False,
+    no_pruning: Annotated[
+        bool, typer.Option("--no-pruning", help="No trial ends for lagging in this run; see 'replay'.")
+    ] = False,
     enqueue: Annotated[
         list[str] | None,
         typer.Option(help="Run these next: NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"),
@@ -86,8 +90,9 @@ def search(
     """
     request = SearchRequest(
         study=study, trials=trials, workers=workers, device=device, seed=seed, timeout_minutes=timeout,
-        baselines=not no_baselines, enqueue=parse_params(enqueue or []), allow_changed=allow_changed,
-        skip_unreadable=skip_unreadable, precision=precision.value if precision else None, weights=weights,
+        baselines=not no_baselines, pruning=not no_pruning, enqueue=parse_params(enqueue or []),
+        allow_changed=allow_changed, skip_unreadable=skip_unreadable,
+        precision=precision.value if precision else None, weights=weights,
     )  # fmt: skip
     place = place_of(home, storage, data)
     with goes_on(), contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from caltech_hpo.cli.display import percent, short_params
 
 if TYPE_CHECKING:
     from caltech_hpo.data.check import CheckResult
+    from caltech_hpo.results.analysis import Importance
     from caltech_hpo.results.final import FinalResult
     from caltech_hpo.results.report import Report, ReportRow
     from caltech_hpo.search.records import TrialRecord
@@ -149,8 +150,19 @@ def report_table(made: Report) -> RenderableType:
             f"({low:.4f} to {high:.4f}), mean per class {final.test_mean_per_class_accuracy:.4f}, "
             f"{final.seeds} seed"
         )
+    if made.importance:
+        lines.append(importance_text(made.importance))
     lines.append(f"curves: {made.curves}" if made.curves else "no curves yet")
     return Group(table, *(escape(line) for line in lines))
+
+
+def importance_text(importance: Importance) -> str:
+    """The importances on one line, with what they rest on."""
+    if importance.shares is None:
+        return f"importance: {importance.reason}"
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in importance.shares.items())
+    trials = f"{importance.complete} complete and {importance.pruned} pruned trials"
+    return f"importance (PED-ANOVA, {trials}): {shares}"
 
 
 def _report_cells(row: ReportRow, best: int | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from caltech_hpo.results.analysis import Importance, importances
 from caltech_hpo.results.final import FINAL_ATTR, FinalResult
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
@@ -46,6 +47,7 @@ class Report(Frozen):
     best: int | None
     finals: tuple[FinalResult, ...]
     curves: str | None
+    importance: Importance | None = None
 
 
 def make_report(name: str, place: Place) -> Report:
@@ -67,6 +69,7 @@ def make_report(name: str, place: Place) -> Report:
         best=best.number if best else None,
         finals=finals,
         curves=curves,
+        importance=importances(spec, records),
     )
 
 

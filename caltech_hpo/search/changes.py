@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from caltech_hpo.errors import UsageError
 from caltech_hpo.spec import StudySpec
+from caltech_hpo.study_files import load_study
 
 if TYPE_CHECKING:
     import optuna
@@ -26,7 +30,7 @@ def check_unchanged(
         if study.get_trials(deepcopy=False):
             raise UsageError(f"study '{name}' was not made by caltech-hpo", f"use --study {name}@2")
         return
-    stored = flatten(json.loads(stored_json))
+    stored = flatten(with_defaults(stored_json))
     current = flatten(json.loads(spec.model_dump_json()))
     changes = [
         f"  {key}: {stored.get(key, 'absent')} -> {current.get(key, 'absent')}"
@@ -42,11 +46,13 @@ def check_unchanged(
     listing = "\n".join(changes)
     base = name.split("@")[0]
     fresh = f"--study {base}@{next_number(study, name)}"
-    # Optuna cannot mix choices in one study, and accuracies on other images cannot be compared.
-    mixable = not any(".choices" in line or "data set:" in line for line in changes)
-    if not mixable:
+    # Optuna cannot mix choices in one study, accuracies on other images cannot be compared, and an
+    # epoch's number is no percent.
+    unmixable = (".choices", "data set:", "pruner.compare_at:")
+    if any(mark in line for line in changes for mark in unmixable):
         raise UsageError(
-            f"study '{name}' has trials with other choices or data, which cannot be mixed:\n{listing}",
+            f"study '{name}' has trials with other choices, data or comparison, which cannot be mixed:"
+            f"\n{listing}",
             f"start a new study: {fresh}",
         )
     if not allow_changed:
@@ -54,6 +60,27 @@ def check_unchanged(
             f"study '{name}' was made with another specification:\n{listing}",
             f"start a new study: {fresh}; or mix the trials knowingly: --allow-changed",
         )
+
+
+def with_defaults(stored_json: str) -> Any:
+    """A stored spec with the defaults of fields that are younger than it: a new field is no change.
+
+    A spec that today's rules refuse is returned as it was stored.
+    """
+    with contextlib.suppress(ValidationError):
+        stored_json = StudySpec.model_validate_json(stored_json).model_dump_json()
+    return json.loads(stored_json)
+
+
+def study_spec(study: optuna.Study) -> StudySpec:
+    """The spec that a study was made with; its file's, if it ended before it was written down.
+
+    Raises UsageError for a study that is not ours.
+    """
+    stored_json = study.user_attrs.get(SPEC_ATTR)
+    if stored_json is None:
+        return load_study(study.study_name)
+    return StudySpec.model_validate_json(stored_json)
 
 
 def next_number(study: optuna.Study, name: str) -> int:

@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from caltech_hpo.spec import EpochResult, StudySpec
+from caltech_hpo.spec import EpochResult, PrunerSpec, StudySpec
 
 if TYPE_CHECKING:
     import optuna
 
 CLIMB = 1.5
 CLIMB_EPOCHS = 2
+PERCENT = 100
+DIVERGED = "diverged"
 
 
 def divergence(results: Sequence[EpochResult]) -> str:
@@ -26,32 +28,63 @@ def divergence(results: Sequence[EpochResult]) -> str:
     for name in ("training_loss", "validation_loss"):
         loss = getattr(latest, name)
         if loss is not None and not math.isfinite(loss):
-            return f"diverged: {name.replace('_', ' ')} is {loss} at epoch {latest.epoch}"
+            return f"{DIVERGED}: {name.replace('_', ' ')} is {loss} at epoch {latest.epoch}"
     tail = results[-CLIMB_EPOCHS:]
     limit = CLIMB * first.training_loss
     if len(results) > CLIMB_EPOCHS and all(result.training_loss > limit for result in tail):
         return (
-            f"diverged: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, "
+            f"{DIVERGED}: training loss {latest.training_loss:.3g} at epoch {latest.epoch}, "
             f"above {CLIMB} times the first epoch's {first.training_loss:.3g} for {CLIMB_EPOCHS} epochs"
         )
     return ""
 
 
+def report_steps(epoch: int, epochs: int, compare_at: str) -> range:
+    """The Optuna steps at which epoch `epoch` of `epochs` (from 1) reports its accuracy.
+
+    Optuna compares trials at equal steps only. For "epoch" the step is the epoch. For "fraction" it is
+    the percent of the trial's own schedule: the epoch reports at each whole percent that it newly
+    reaches, so that every complete trial has every step from 1 to 100, however many epochs it ran;
+    with more than 100 epochs some reach no new percent, and the range is empty.
+    """
+    if compare_at == "epoch":
+        return range(epoch, epoch + 1)
+    return range(PERCENT * (epoch - 1) // epochs + 1, PERCENT * epoch // epochs + 1)
+
+
+def lags(
+    trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec, *, exempt: bool
+) -> bool:
+    """Reports an epoch to Optuna and asks its pruner whether the trial of `epochs` epochs shall end.
+
+    The pruner sees every epoch, but is not asked during the warm-up (counted in epochs, whatever trials
+    are compared at), after the last epoch, or for an `exempt` trial.
+    """
+    steps = report_steps(result.epoch, epochs, declared.compare_at)
+    for step in steps:
+        trial.report(result.validation_top1 or 0.0, step)
+    asked = len(steps) > 0 and not exempt and declared.warmup_epochs <= result.epoch < epochs
+    return asked and trial.should_prune()
+
+
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
-    """Optuna's pruner as the study declares it; none acts before `warmup_epochs`."""
+    """Optuna's pruner as the study declares it; with `lags`, none acts before `warmup_epochs`."""
     from optuna import pruners
 
     declared = spec.pruner
+    longest = max(spec.most_epochs, declared.warmup_epochs)
+    # Where steps are percents, `lags` alone keeps the warm-up: epochs differ in percent by schedule.
+    warmup, first, last = declared.warmup_epochs, declared.warmup_epochs, longest
+    if declared.compare_at == "fraction":
+        warmup, first, last = 0, max(1, PERCENT * declared.warmup_epochs // longest), PERCENT
     if declared.name == "median":
-        return pruners.MedianPruner(declared.startup_trials, declared.warmup_epochs)
+        return pruners.MedianPruner(declared.startup_trials, warmup)
     if declared.name == "percentile":
-        return pruners.PercentilePruner(declared.percentile, declared.startup_trials, declared.warmup_epochs)
+        return pruners.PercentilePruner(declared.percentile, declared.startup_trials, warmup)
     if declared.name == "hyperband":
         # An explicit maximum: with "auto" Optuna waits for a complete trial to learn it.
         return pruners.HyperbandPruner(
-            min_resource=declared.warmup_epochs,
-            max_resource=max(spec.most_epochs, declared.warmup_epochs),
-            reduction_factor=declared.reduction_factor,
+            min_resource=first, max_resource=last, reduction_factor=declared.reduction_factor
         )
     return pruners.NopPruner()
 

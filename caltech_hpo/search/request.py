@@ -58,7 +58,10 @@ class Place:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What `search` was asked to do. `trials` is the study's total of finished trials."""
+    """What `search` was asked to do. `trials` is the study's total of finished trials.
+
+    Without `pruning` no trial ends for lagging in this run; what diverges still ends.
+    """
 
     study: str
     trials: int
@@ -67,6 +70,7 @@ class SearchRequest:
     seed: int = 0
     timeout_minutes: float | None = None
     baselines: bool = True
+    pruning: bool = True
     enqueue: tuple[dict[str, Any], ...] = ()
     allow_changed: bool = False
     skip_unreadable: bool = False

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import optuna
 
     from caltech_hpo.data.loading import SearchData
+    from caltech_hpo.search.events import SearchEvent
     from caltech_hpo.search.executors import ProcessExecutor
     from caltech_hpo.search.records import TrialRecord
-    from caltech_hpo.search.supervisor import SearchEvent
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def _run(
             classes=len(data.classes), data=data.fingerprint, seed=request.seed,
             precision=executor.ready.precision, weights_sha256=executor.ready.weights_sha256,
         )  # fmt: skip
-        supervisor = Supervisor(study, storage, spec, executor, binding, baselines=request.baselines)
+        supervisor = Supervisor(
+            study, storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
+        )
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)
         try:

@@ -13,9 +13,17 @@ import optuna
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.search.events import (
+    Requeued,
+    SearchEvent,
+    TrialEnded,
+    TrialEpoch,
+    TrialStarted,
+    TrialWorking,
+)
 from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, WorkerBugError, Working
-from caltech_hpo.search.pruning import divergence
+from caltech_hpo.search.pruning import divergence, lags
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY
 from caltech_hpo.search.space import Binding, recipe_for, suggest
 from caltech_hpo.spec import EpochResult, Recipe, StudySpec
@@ -25,55 +33,6 @@ FAILURES_IN_A_ROW = 3
 REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclass(frozen=True)
-class TrialStarted:
-    """A worker has begun a trial."""
-
-    number: int
-    params: dict[str, Any]
-    epochs: int
-    baseline: str
-
-
-@dataclass(frozen=True)
-class TrialWorking:
-    """What a trial does before its first epoch: `done` of `total`."""
-
-    number: int
-    what: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class TrialEpoch:
-    """An epoch of a trial is in the database."""
-
-    number: int
-    result: EpochResult
-    best: float
-
-
-@dataclass(frozen=True)
-class TrialEnded:
-    """A trial is told. `state` is "complete", "pruned" or "failed"; `value` the best accuracy."""
-
-    number: int
-    state: str
-    value: float | None
-    stop_reason: str
-
-
-@dataclass(frozen=True)
-class Requeued:
-    """A trial that an earlier search left unfinished will be run again from its start."""
-
-    number: int
-
-
-SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | Requeued
 
 
 @dataclass
@@ -95,10 +54,10 @@ class Supervisor:
 
     def __init__(
         self, study: optuna.Study, storage: optuna.storages.RDBStorage, spec: StudySpec,
-        executor: Executor, binding: Binding, *, baselines: bool = True,
+        executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
     ) -> None:  # fmt: skip
         self._study, self._storage, self._spec = study, storage, spec
-        self._executor, self._binding = executor, binding
+        self._executor, self._binding, self._pruning = executor, binding, pruning
         self._running: dict[int, _Running] = {}
         self._failures = 0
         trials = study.get_trials(deepcopy=False)
@@ -198,15 +157,14 @@ class Supervisor:
             yield self._ended(running)
 
     def _epoch(self, running: _Running, result: EpochResult) -> TrialEpoch:
-        number, score = running.trial.number, result.validation_top1 or 0.0
+        number = running.trial.number
         running.results.append(result)
         # By way of pydantic's JSON, which writes NaN as text: bare NaN is no JSON.
         stored = json.loads(result.model_dump_json())
         self._storage.set_trial_system_attr(self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", stored)
-        running.trial.report(score, result.epoch)
         running.stop_reason = divergence(running.results)
-        may_lag = running.baseline not in self._published and result.epoch < running.recipe.epochs
-        if not running.stop_reason and may_lag and running.trial.should_prune():
+        exempt = bool(running.stop_reason) or not self._pruning or running.baseline in self._published
+        if lags(running.trial, result, running.recipe.epochs, self._spec.pruner, exempt=exempt):
             running.stop_reason = f"{LAGGING}: {self._spec.pruner.name} pruner at epoch {result.epoch}"
         self._executor.answer(number, not running.stop_reason)
         best = running.best

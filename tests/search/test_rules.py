@@ -7,11 +7,13 @@ import warnings
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.ranges import Choices
-from caltech_hpo.search.pruning import divergence, make_pruner, make_sampler
+from caltech_hpo.search.pruning import divergence, lags, make_pruner, make_sampler, report_steps
 from caltech_hpo.search.request import check_enqueued
 from caltech_hpo.search.space import Binding, recipe_for, suggest
 from caltech_hpo.spec import EpochResult, PrunerSpec, SamplerSpec
@@ -81,6 +83,62 @@ def test_pruners_leave_the_warm_up_alone(name, kind):
         stops.append(bad.should_prune())
     assert not any(stops[:11])
     assert any(stops[11:]) == (name != "none")
+
+
+@given(st.integers(1, 10_000))
+def test_every_complete_trial_has_every_percent_once(epochs):
+    steps = [step for epoch in range(1, epochs + 1) for step in report_steps(epoch, epochs, "fraction")]
+    assert steps == list(range(1, 101))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "compare_at", "steps"),
+    [
+        (7, 50, "epoch", [7]),
+        (1, 50, "fraction", [1, 2]),
+        (50, 50, "fraction", [99, 100]),
+        (1, 3, "fraction", list(range(1, 34))),
+        (3, 3, "fraction", list(range(67, 101))),
+        (1, 1, "fraction", list(range(1, 101))),
+        (1, 200, "fraction", []),
+        (2, 200, "fraction", [1]),
+    ],
+)
+def test_the_steps_of_an_epoch(epoch, epochs, compare_at, steps):
+    assert list(report_steps(epoch, epochs, compare_at)) == steps
+
+
+def accuracies(values):
+    return [
+        EpochResult(
+            epoch=i, learning_rate=0.1, training_loss=1.0, validation_loss=1.0, validation_top1=value,
+            images=10, seconds=1.0,
+        )
+        for i, value in enumerate(values, start=1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("compare_at", ["epoch", "fraction"])
+@pytest.mark.parametrize("name", ["median", "percentile", "hyperband", "none"])
+@pytest.mark.parametrize("warmup", [1, 12, 30, 60])
+def test_the_warm_up_is_counted_in_epochs_and_the_last_epoch_is_not_asked(name, compare_at, warmup):
+    declared = PrunerSpec(name=name, warmup_epochs=warmup, startup_trials=1, compare_at=compare_at)
+    spec = load_study("alexnet-scratch").model_copy(update={"pruner": declared})
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(spec))
+    for _ in range(12):
+        good = study.ask()
+        for result in accuracies([0.5] * 60):
+            lags(good, result, 60, declared, exempt=False)
+        study.tell(good, 0.5)
+    for epochs in (30, 60):
+        bad, spared = study.ask(), study.ask()
+        stops = [lags(bad, result, epochs, declared, exempt=False) for result in accuracies([0.01] * epochs)]
+        assert not any(stops[: warmup - 1]) and not stops[-1]
+        if name != "hyperband":  # which may have put the trial into a bracket of its own
+            assert any(stops) == (name != "none" and warmup < epochs)
+        assert not any(lags(spared, r, epochs, declared, exempt=True) for r in accuracies([0.01] * epochs))
+        for trial in (bad, spared):
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "gp", "cmaes"])

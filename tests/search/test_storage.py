@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from caltech_hpo.search.storage import (
     shown,
     study_names,
 )
+from caltech_hpo.spec import digest
 from caltech_hpo.study_files import load_study
 
 
@@ -137,6 +139,42 @@ def test_changed_choices_cannot_be_mixed(url):
     other = changed(spec, space=spec.space | {"batch_size": Choices(choices=(32, 64))})
     with pytest.raises(UsageError, match=r"cannot be mixed(.|\n)*batch_size(.|\n)*demo@3"):
         check_unchanged(study, "demo@2", other, "x", allow_changed=True)
+
+
+def test_a_comparison_by_percent_cannot_be_mixed_with_one_by_epoch(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
+    other = changed(spec, pruner=spec.pruner.model_copy(update={"compare_at": "fraction"}))
+    assert other.hash != spec.hash
+    with pytest.raises(UsageError, match=r'cannot be mixed(.|\n)*compare_at: "epoch" -> "fraction"'):
+        check_unchanged(study, "demo", other, "x", allow_changed=True)
+
+
+def test_a_field_that_is_younger_than_the_study_is_no_change(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
+    old = json.loads(study.user_attrs["spec"])
+    del old["pruner"]["compare_at"], old["recipe"]["gamma"]  # as an earlier version wrote it
+    study.set_user_attr("spec", json.dumps(old))
+    check_unchanged(study, "demo", spec, "x", allow_changed=False)
+    recipe = spec.recipe.model_copy(update={"gamma": 0.5})  # but another value than the default is one
+    with pytest.raises(UsageError, match=r"recipe.gamma: 0.1 -> 0.5"):
+        check_unchanged(study, "demo", changed(spec, recipe=recipe), "x", allow_changed=False)
+
+
+def test_a_stored_spec_that_is_no_longer_valid_is_compared_as_it_is(url):
+    storage, spec = open_storage(url), load_study("demo")
+    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
+    study.set_user_attr("spec", json.dumps(json.loads(study.user_attrs["spec"]) | {"retired": 1}))
+    with pytest.raises(UsageError, match="retired: 1 -> absent"):
+        check_unchanged(study, "demo", spec, "x", allow_changed=False)
+
+
+def test_the_hash_of_studies_made_before_compare_at():
+    spec = load_study("alexnet-scratch")
+    document = spec.model_dump(mode="json", exclude={"name", "about"})
+    del document["pruner"]["compare_at"]
+    assert spec.hash == digest(document)
 
 
 def test_a_locked_database_is_not_called_damaged(url, tmp_path, monkeypatch):

@@ -9,11 +9,12 @@ import pytest
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.search.events import Requeued, TrialEnded, TrialStarted
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import default_url, open_storage, open_study
-from caltech_hpo.search.supervisor import Requeued, Supervisor, TrialEnded, TrialStarted
+from caltech_hpo.search.supervisor import Supervisor
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec
 from caltech_hpo.study_files import complete_params, load_study
 
@@ -177,6 +178,41 @@ def test_a_lagging_trial_is_pruned_after_the_warm_up(storage):
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert study.trials[1].user_attrs["epochs_run"] == 3
     assert study.trials[1].user_attrs["stop_reason"] == "lagging: median pruner at epoch 3"
+
+
+@pytest.mark.parametrize(("compare_at", "state"), [("epoch", "PRUNED"), ("fraction", "COMPLETE")])
+def test_a_long_schedule_is_not_behind_a_short_one_at_the_same_fraction(storage, compare_at, state):
+    """After 3 epochs the short schedule has made its late jump; three eighths into it, it had not."""
+    curves = {4: [0.2, 0.3, 0.7, 0.8], 8: [0.3, 0.4, 0.5, 0.6, 0.75, 0.75, 0.9, 0.9]}
+
+    def script(job):
+        for number, accuracy in enumerate(curves[job.recipe.epochs], start=1):
+            yield EpochDone(job.number, epoch(number, accuracy))
+        yield Finished(job.number)
+
+    pruner = PrunerSpec(name="median", startup_trials=1, warmup_epochs=1, compare_at=compare_at)
+    lengths = tuple(Baseline(name=str(n), params={"epochs": n}) for n in (4, 8))
+    spec = SPEC.model_copy(update={"pruner": pruner, "baselines": lengths})
+    study, _ = supervise(storage, Scripted(script), 2, spec)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", state]
+    if compare_at == "fraction":
+        assert all(sorted(trial.intermediate_values) == list(range(1, 101)) for trial in study.trials)
+
+
+@pytest.mark.parametrize("compare_at", ["epoch", "fraction"])
+def test_a_search_without_pruning_keeps_what_lags_and_ends_what_diverges(storage, compare_at):
+    def script(job):
+        for number in range(1, job.recipe.epochs + 1):
+            loss = math.inf if job.number == 2 and number == 3 else 1.0
+            yield EpochDone(job.number, epoch(number, 0.5 / (job.number + 1), loss))
+        yield Finished(job.number)
+
+    pruner = PrunerSpec(name="median", startup_trials=1, warmup_epochs=1, compare_at=compare_at)
+    spec = SPEC.model_copy(update={"pruner": pruner})
+    study, _ = supervise(storage, Scripted(script), 4, spec, pruning=False)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    study, _ = supervise(storage, Scripted(script), 5, spec)  # the next run prunes again
+    assert study.trials[4].user_attrs["stop_reason"] == "lagging: median pruner at epoch 1"
 
 
 def test_an_interrupted_search_gives_its_trials_back(storage):

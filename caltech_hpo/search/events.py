@@ -1,0 +1,57 @@
+"""What a search tells its caller while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from caltech_hpo.spec import EpochResult
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A worker has begun a trial."""
+
+    number: int
+    params: dict[str, Any]
+    epochs: int
+    baseline: str
+
+
+@dataclass(frozen=True)
+class TrialWorking:
+    """What a trial does before its first epoch: `done` of `total`."""
+
+    number: int
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrialEpoch:
+    """An epoch of a trial is in the database."""
+
+    number: int
+    result: EpochResult
+    best: float
+
+
+@dataclass(frozen=True)
+class TrialEnded:
+    """A trial is told. `state` is "complete", "pruned" or "failed"; `value` the best accuracy."""
+
+    number: int
+    state: str
+    value: float | None
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """A trial that an earlier search left unfinished will be run again from its start."""
+
+    number: int
+
+
+SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | Requeued
