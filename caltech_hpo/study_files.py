@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from caltech_hpo.errors import SpecError, UsageError
-from caltech_hpo.ranges import SEARCHABLE, Choices, Dimension, FloatRange, IntRange
+from caltech_hpo.ranges import Dimension
 from caltech_hpo.spec import (
-    FIELD_CHECKS,
     Baseline,
     Hyperparameters,
     PrunerSpec,
     SamplerSpec,
     StudySpec,
 )
-
-Model = TypeVar("Model", bound=BaseModel)
+from caltech_hpo.study_checks import combination_problems, model_of, recipe_table, space_of
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 SECTIONS = ("data", "recipe", "space", "sampler", "pruner", "baselines")
@@ -102,16 +97,16 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
     data = document.get("data", "caltech101")
     if data not in ("caltech101", "demo", "folder"):
         problems.append(f"data: {data!r} is not one of caltech101, demo, folder")
-    recipe = _model(Hyperparameters, _recipe_table(document.get("recipe")), "recipe", problems)
-    space = _space(document.get("space", {}), problems)
-    sampler = _model(SamplerSpec, document.get("sampler", {}), "sampler", problems)
-    pruner = _model(PrunerSpec, document.get("pruner", {}), "pruner", problems)
+    recipe = model_of(Hyperparameters, recipe_table(document.get("recipe")), "recipe", problems)
+    space = space_of(document.get("space", {}), problems)
+    sampler = model_of(SamplerSpec, document.get("sampler", {}), "sampler", problems)
+    pruner = model_of(PrunerSpec, document.get("pruner", {}), "pruner", problems)
     if not document.get("space"):
         problems.append("space: nothing to search; name at least one field with a range or choices")
     faulty = set(document["space"]) - set(space) if isinstance(document.get("space"), dict) else set()
     baselines = _baselines(document.get("baselines", []), space, faulty, recipe, problems)
     if recipe is not None and not problems:
-        problems.extend(_combination_problems(recipe, space))
+        problems.extend(combination_problems(recipe, space))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise SpecError(f"{source}: {len(problems)} error(s):\n{lines}", "mend these keys in the file")
@@ -120,101 +115,6 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
         name=name, about=about, data=data, recipe=recipe, space=space, sampler=sampler, pruner=pruner,
         baselines=tuple(baselines),
     )  # fmt: skip
-
-
-def _recipe_table(table: Any) -> Any:
-    """`model = "timm/NAME"` says the same as `architecture = "timm/NAME"`."""
-    if isinstance(table, dict) and "model" in table and "architecture" not in table:
-        return {("architecture" if name == "model" else name): value for name, value in table.items()}
-    return table
-
-
-# Fields that some values of others exclude.
-DEPENDENT = ("freeze", "frozen_blocks", "optimizer", "nesterov", "momentum")
-
-
-def _combination_problems(recipe: Hyperparameters, space: dict[str, Dimension]) -> list[str]:
-    """Points of the space that no recipe may be, found before the search would run into them."""
-    ends = {
-        name: dimension.choices if isinstance(dimension, Choices) else (dimension.low, dimension.high)
-        for name, dimension in space.items() if name in DEPENDENT
-    }  # fmt: skip
-    problems: list[str] = []
-    for values in itertools.product(*ends.values()):
-        point = dict(zip(ends, values, strict=True))
-        try:
-            Hyperparameters.model_validate({**recipe.model_dump(), **point})
-        except ValidationError as error:
-            shown = ", ".join(f"{name} = {value}" for name, value in point.items())
-            problems.extend(describe(error, f"space ({shown})"))
-    return problems[:3]
-
-
-def _model(kind: type[Model], table: Any, key: str, problems: list[str]) -> Model | None:
-    """Validates one table; on failure adds "key.field: what" lines and returns None."""
-    if not isinstance(table, dict):
-        problems.append(f"{key}: missing" if table is None else f"{key}: must be a table")
-        return None
-    try:
-        return kind.model_validate(table)
-    except ValidationError as error:
-        problems.extend(describe(error, key))
-        return None
-
-
-def describe(error: ValidationError, key: str) -> list[str]:
-    """Pydantic's findings as "key.field: what (got value)" lines."""
-    lines = []
-    for item in error.errors():
-        where = ".".join([key, *(str(part) for part in item["loc"])])
-        got = item.get("input")
-        shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) else ""
-        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
-    return lines
-
-
-def _space(table: Any, problems: list[str]) -> dict[str, Dimension]:
-    if not isinstance(table, dict):
-        problems.append("space: must be a table")
-        return {}
-    space: dict[str, Dimension] = {}
-    for name, entry in table.items():
-        key = f"space.{name}"
-        if name not in SEARCHABLE:
-            problems.append(f"{key}: cannot be searched (searchable: {', '.join(SEARCHABLE)})")
-            continue
-        if not isinstance(entry, dict):
-            problems.append(f"{key}: write {{ low = ..., high = ... }} or {{ choices = [...] }}")
-            continue
-        kind: type[Choices] | type[IntRange] | type[FloatRange] | None
-        kind = Choices if "choices" in entry else SEARCHABLE[name]
-        if kind is None:
-            problems.append(f"{key}: needs {{ choices = [...] }}")
-            continue
-        dimension: Dimension | None = _model(kind, entry, key, problems)
-        if dimension is not None:
-            space[name] = dimension
-            problems.extend(_bound_problems(name, dimension))
-    return space
-
-
-def _bound_problems(name: str, dimension: Dimension) -> list[str]:
-    """The ends of a range, or its choices, that the recipe's field would refuse."""
-    if isinstance(dimension, Choices):
-        ends = {f"choices[{i}]": value for i, value in enumerate(dimension.choices)}
-    else:
-        ends = {"low": dimension.low, "high": dimension.high}
-    return [
-        line for end, value in ends.items() for line in _field_problems(name, value, f"space.{name}.{end}")
-    ]
-
-
-def _field_problems(name: str, value: Any, key: str) -> list[str]:
-    try:
-        FIELD_CHECKS[name].validate_python(value, strict=isinstance(value, bool))
-    except ValidationError as error:
-        return describe(error, key)
-    return []
 
 
 def _baselines(
@@ -227,7 +127,7 @@ def _baselines(
     baselines = []
     for number, row in enumerate(rows):
         key = f"baselines[{number}]"
-        baseline = _model(Baseline, row, key, problems)
+        baseline = model_of(Baseline, row, key, problems)
         if baseline is None:
             continue
         # a dimension with an error of its own is no reason to complain of the rows that use it

@@ -17,7 +17,7 @@ from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
 from caltech_hpo.spec import Frozen, PrunerSpec, StudySpec
-from caltech_hpo.study_files import describe
+from caltech_hpo.study_checks import describe
 
 if TYPE_CHECKING:
     import optuna

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from caltech_hpo.errors import UsageError, WeightsError
 from caltech_hpo.spec import TIMM, Hyperparameters, Precision, StudySpec
-from caltech_hpo.study_files import complete_params, describe, load_study
+from caltech_hpo.study_checks import describe
+from caltech_hpo.study_files import complete_params, load_study
 
 SMOKE_EPOCHS = 2
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")

@@ -23,7 +23,7 @@ from caltech_hpo.search.storage import (
     shown,
     study_names,
 )
-from caltech_hpo.spec import digest
+from caltech_hpo.spec import FIRST_FIELDS, Recipe, digest
 from caltech_hpo.study_files import load_study
 
 
@@ -170,11 +170,16 @@ def test_a_stored_spec_that_is_no_longer_valid_is_compared_as_it_is(url):
         check_unchanged(study, "demo", spec, "x", allow_changed=False)
 
 
-def test_the_hash_of_studies_made_before_compare_at():
+def test_studies_and_recipes_made_before_a_field_keep_their_hash():
     spec = load_study("alexnet-scratch")
     document = spec.model_dump(mode="json", exclude={"name", "about"})
     del document["pruner"]["compare_at"]
+    document["recipe"] = {name: document["recipe"][name] for name in FIRST_FIELDS}
     assert spec.hash == digest(document)
+    recipe = Recipe(architecture="alexnet", classes=3, data="x")
+    first = {*FIRST_FIELDS, "classes", "seed", "data", "fit_on", "weights_sha256"}
+    assert recipe.hash == digest(recipe.model_dump(mode="json", include=first))
+    assert recipe.model_copy(update={"label_smoothing": 0.1}).hash != recipe.hash
 
 
 def test_a_locked_database_is_not_called_damaged(url, tmp_path, monkeypatch):

@@ -1,0 +1,109 @@
+"""Checks the tables of a study file: a problem is one line that names the key."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from caltech_hpo.ranges import SEARCHABLE, Choices, Dimension, FloatRange, IntRange
+from caltech_hpo.spec import FIELD_CHECKS, Hyperparameters
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def recipe_table(table: Any) -> Any:
+    """`model = "timm/NAME"` says the same as `architecture = "timm/NAME"`."""
+    if isinstance(table, dict) and "model" in table and "architecture" not in table:
+        return {("architecture" if name == "model" else name): value for name, value in table.items()}
+    return table
+
+
+# Fields that some values of others exclude.
+DEPENDENT = ("freeze", "frozen_blocks", "optimizer", "nesterov", "momentum")
+
+
+def combination_problems(recipe: Hyperparameters, space: dict[str, Dimension]) -> list[str]:
+    """Points of the space that no recipe may be, found before the search would run into them."""
+    ends = {
+        name: dimension.choices if isinstance(dimension, Choices) else (dimension.low, dimension.high)
+        for name, dimension in space.items() if name in DEPENDENT
+    }  # fmt: skip
+    problems: list[str] = []
+    for values in itertools.product(*ends.values()):
+        point = dict(zip(ends, values, strict=True))
+        try:
+            Hyperparameters.model_validate({**recipe.model_dump(), **point})
+        except ValidationError as error:
+            shown = ", ".join(f"{name} = {value}" for name, value in point.items())
+            problems.extend(describe(error, f"space ({shown})"))
+    return problems[:3]
+
+
+def model_of(kind: type[Model], table: Any, key: str, problems: list[str]) -> Model | None:
+    """Validates one table; on failure adds "key.field: what" lines and returns None."""
+    if not isinstance(table, dict):
+        problems.append(f"{key}: missing" if table is None else f"{key}: must be a table")
+        return None
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        problems.extend(describe(error, key))
+        return None
+
+
+def describe(error: ValidationError, key: str) -> list[str]:
+    """Pydantic's findings as "key.field: what (got value)" lines."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([key, *(str(part) for part in item["loc"])])
+        got = item.get("input")
+        shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) else ""
+        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return lines
+
+
+def space_of(table: Any, problems: list[str]) -> dict[str, Dimension]:
+    """The dimensions of a [space] table that are right; what is wrong goes into `problems`."""
+    if not isinstance(table, dict):
+        problems.append("space: must be a table")
+        return {}
+    space: dict[str, Dimension] = {}
+    for name, entry in table.items():
+        key = f"space.{name}"
+        if name not in SEARCHABLE:
+            problems.append(f"{key}: cannot be searched (searchable: {', '.join(SEARCHABLE)})")
+            continue
+        if not isinstance(entry, dict):
+            problems.append(f"{key}: write {{ low = ..., high = ... }} or {{ choices = [...] }}")
+            continue
+        kind: type[Choices] | type[IntRange] | type[FloatRange] | None
+        kind = Choices if "choices" in entry else SEARCHABLE[name]
+        if kind is None:
+            problems.append(f"{key}: needs {{ choices = [...] }}")
+            continue
+        dimension: Dimension | None = model_of(kind, entry, key, problems)
+        if dimension is not None:
+            space[name] = dimension
+            problems.extend(_bound_problems(name, dimension))
+    return space
+
+
+def _bound_problems(name: str, dimension: Dimension) -> list[str]:
+    """The ends of a range, or its choices, that the recipe's field would refuse."""
+    if isinstance(dimension, Choices):
+        ends = {f"choices[{i}]": value for i, value in enumerate(dimension.choices)}
+    else:
+        ends = {"low": dimension.low, "high": dimension.high}
+    return [
+        line for end, value in ends.items() for line in _field_problems(name, value, f"space.{name}.{end}")
+    ]
+
+
+def _field_problems(name: str, value: Any, key: str) -> list[str]:
+    try:
+        FIELD_CHECKS[name].validate_python(value, strict=isinstance(value, bool))
+    except ValidationError as error:
+        return describe(error, key)
+    return []
