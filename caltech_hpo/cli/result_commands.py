@@ -28,7 +28,8 @@ from caltech_hpo.cli.options import (
 from caltech_hpo.cli.tables import final_text, report_table
 
 if TYPE_CHECKING:
-    from caltech_hpo.results.final import FinalPlan, FinalResult
+    from caltech_hpo.results.final import FinalPlan
+    from caltech_hpo.results.ledger import FinalResult
 
 
 class FitOnChoice(StrEnum):

@@ -15,7 +15,7 @@ from caltech_hpo.cli.display import percent, short_params
 
 if TYPE_CHECKING:
     from caltech_hpo.data.check import CheckResult
-    from caltech_hpo.results.final import FinalResult
+    from caltech_hpo.results.ledger import FinalResult
     from caltech_hpo.results.report import Report, ReportRow
     from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.training.summary import ModelSummary

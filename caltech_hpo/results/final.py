@@ -14,6 +14,7 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.data.loading import load_search_data, load_test_data
 from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
+from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult
 from caltech_hpo.results.model_files import describe_model, publish, write_json
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
@@ -24,36 +25,12 @@ from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data, open_executor
 from caltech_hpo.search.storage import stored_study
-from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
+from caltech_hpo.spec import EpochResult, FitOn, Recipe, StudySpec
 
 if TYPE_CHECKING:
     import optuna
 
     from caltech_hpo.training.loop import Evaluation
-
-FINAL_ATTR = "final:"
-
-
-class FinalResult(Frozen):
-    """A test score and what it belongs to. Accuracies are 0 to 1.
-
-    `val_accuracy` is None when the validation images were trained on; `ci95` is Wilson's interval
-    of `test_accuracy` over `test_images`; `seeds` says how many trainings it rests on.
-    """
-
-    study: str
-    trial: int
-    params: dict[str, Any]
-    best_epoch: int
-    val_accuracy: float | None
-    test_accuracy: float
-    test_mean_per_class_accuracy: float
-    test_images: int
-    ci95: tuple[float, float]
-    fit_on: FitOn
-    model: str
-    recipe_hash: str
-    seeds: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from caltech_hpo.results.final import FINAL_ATTR, FinalResult
+from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
