@@ -12,14 +12,14 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results import ledger
+from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
-from caltech_hpo.results.trainings import searched_data
+from caltech_hpo.results.ranking import Confirmation
+from caltech_hpo.results.trainings import searched_data, seeded
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.storage import stored_study
 from caltech_hpo.spec import FitOn, Recipe
-
-SEEDS = 2**32  # how many there are: the seed after the last one is 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,13 @@ def plan_finals(
         raise UsageError("--again: the reason is empty", 'say why, for the reports: --again "reason"')
     reason = (again or "").strip()
     study = stored_study(place.storage, name)
-    record, choice = choose_trial(name, trial_records(study), trial)
-    recipes = seeded(final_recipe(record, fit_on), seeds)
+    records = trial_records(study)
+    confirmation = confirmed(place.storage, name)
+    record, choice = choose_trial(name, records, trial, confirmation)
+    if trial is None and confirmation is not None:
+        warn_of_gaps(name, records, confirmation, say)
+    base = final_recipe(record, fit_on)
+    recipes = [seeded(base, base.seed + i) for i in range(seeds)]
     folders = [place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}" for recipe in recipes]
     for folder in folders:
         keep_published(name, place, record, folder)
@@ -78,14 +83,24 @@ def plan_finals(
     ]
 
 
-def choose_trial(name: str, records: Sequence[TrialRecord], trial: int | None) -> tuple[TrialRecord, str]:
-    """The trial asked for, or the best of the search, and why in words. Raises UsageError without one."""
+def choose_trial(
+    name: str, records: Sequence[TrialRecord], trial: int | None, confirmation: Confirmation | None
+) -> tuple[TrialRecord, str]:
+    """The trial asked for, the confirmed winner, or the search's best; and why, in words.
+
+    Raises UsageError without one.
+    """
     if trial is not None:
         asked = next((record for record in records if record.number == trial), None)
         if asked is None or asked.state != "complete" or asked.recipe is None:
             what = "is not there" if asked is None else f"did not complete (it is {asked.state})"
             raise UsageError(f"trial {trial} of study '{name}' {what}", "give --trial a complete trial")
         return asked, "chosen with --trial"
+    if confirmation is not None:
+        winner = next((record for record in records if record.number == confirmation.winner.trial), None)
+        if winner is not None and winner.recipe is not None:
+            count = len(confirmation.seeds)
+            return winner, f"confirmed over {count} seed{'s' if count > 1 else ''}"
     best = best_record(list(records))
     if best is None or best.recipe is None:
         raise UsageError(
@@ -95,17 +110,27 @@ def choose_trial(name: str, records: Sequence[TrialRecord], trial: int | None) -
     return best, "best of the search"
 
 
+def warn_of_gaps(
+    name: str, records: Sequence[TrialRecord], confirmation: Confirmation, say: Say
+) -> None:  # fmt: skip
+    """Says what the confirmation does not cover: seeds of an interrupted one, a better trial since."""
+    if len(confirmation.seeds) < confirmation.asked_seeds:
+        say(
+            f"confirm of study {name} was interrupted: {len(confirmation.seeds)} of "
+            f"{confirmation.asked_seeds} seeds; the same confirm goes on"
+        )
+    best = best_record(list(records))
+    seen = {finalist.configuration for finalist in confirmation.finalists}
+    if best is not None and best.recipe is not None and best.recipe.configuration not in seen:
+        say(f"trial {best.number} is the search's best, but was not confirmed: run confirm again to rank it")
+
+
 def final_recipe(record: TrialRecord, fit_on: FitOn) -> Recipe:
     """The trial's recipe; on training and validation images it runs to the trial's best epoch."""
     assert record.recipe is not None
     if fit_on == "train":
         return record.recipe
     return record.recipe.model_copy(update={"fit_on": fit_on, "epochs": record.best_epoch})
-
-
-def seeded(recipe: Recipe, count: int) -> list[Recipe]:
-    """The recipe with `count` seeds in a row, its own first."""
-    return [recipe.model_copy(update={"seed": (recipe.seed + i) % SEEDS}) for i in range(count)]
 
 
 def stored_score(rows: Sequence[ScoreRow], recipe: Recipe) -> FinalResult | None:

@@ -11,10 +11,18 @@ from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data
-from caltech_hpo.spec import StudySpec
+from caltech_hpo.spec import Recipe, StudySpec
 
 if TYPE_CHECKING:
     import optuna
+
+
+SEEDS = 2**32  # how many there are: after the last one comes 0
+
+
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe on another seed, which is taken modulo 2**32."""
+    return recipe.model_copy(update={"seed": seed % SEEDS})
 
 
 def searched_data(

@@ -447,5 +447,5 @@ def test_the_database_is_optunas(searched):
 
 def test_help_lists_every_command(tmp_path):
     shown = call("--help", cwd=tmp_path).stdout
-    for command in ("search", "final", "report", "dashboard", "studies", "data", "models"):
+    for command in ("search", "confirm", "final", "report", "dashboard", "studies", "data", "models"):
         assert command in shown

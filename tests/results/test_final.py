@@ -12,11 +12,11 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.errors import CaltechHpoError, UsageError
 from caltech_hpo.results import final, ledger
 from caltech_hpo.results.final import final_lock, is_settled, retrain, score
-from caltech_hpo.results.plan import SEEDS, plan_finals, seeded
+from caltech_hpo.results.plan import plan_finals
 from caltech_hpo.results.report import make_report
 from caltech_hpo.results.scores import mean_interval
 from caltech_hpo.results.seeds import over_seeds
-from caltech_hpo.results.trainings import training_failure
+from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
 from caltech_hpo.search.executors import InlineExecutor
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError, WorkerConfig
 from caltech_hpo.search.records import trial_records
@@ -129,8 +129,8 @@ def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
 
 
 def test_the_seed_after_the_last_is_the_first(place):
-    recipe = plan_finals("demo", place)[0].recipe.model_copy(update={"seed": SEEDS - 1})
-    assert [one.seed for one in seeded(recipe, 3)] == [SEEDS - 1, 0, 1]
+    recipe = plan_finals("demo", place)[0].recipe
+    assert [seeded(recipe, SEEDS - 1 + i).seed for i in range(3)] == [SEEDS - 1, 0, 1]
 
 
 @pytest.mark.parametrize("broken", ["record", "finish"])
