@@ -170,10 +170,15 @@ def _read(storage: RDBStorage, study: str | None) -> list[ScoreRow]:
 
 
 def create(engine: Engine, *tables: Table) -> None:
-    """Makes the tables unless they are there; two processes may do so at once."""
-    with engine.begin() as connection:
-        for table in tables:
-            connection.execute(CreateTable(table, if_not_exists=True))
+    """Makes the tables unless they are there."""
+    for table in tables:
+        try:
+            with engine.begin() as connection:
+                connection.execute(CreateTable(table, if_not_exists=True))
+        except IntegrityError:  # PostgreSQL's word when two calls make it at once
+            with engine.connect() as connection:
+                if not has_table(connection, table):
+                    raise
 
 
 def has_table(connection: Connection, table: Table) -> bool:

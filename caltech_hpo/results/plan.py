@@ -97,8 +97,10 @@ def choose_trial(
             raise UsageError(f"trial {trial} of study '{name}' {what}", "give --trial a complete trial")
         return asked, "chosen with --trial"
     if confirmation is not None:
-        winner = next((record for record in records if record.number == confirmation.winner.trial), None)
-        if winner is not None and winner.recipe is not None:
+        confirmed_one = confirmation.winner
+        winner = next((record for record in records if record.number == confirmed_one.trial), None)
+        # It is another one when a study was deleted and another searched under its name.
+        if winner and winner.recipe and winner.recipe.configuration == confirmed_one.configuration:
             count = len(confirmation.seeds)
             return winner, f"confirmed over {count} seed{'s' if count > 1 else ''}"
     best = best_record(list(records))

@@ -258,6 +258,9 @@ def test_final_takes_the_confirmed_winner(place, monkeypatch):
     record, why = choose_trial("demo", records, None, made)
     assert (record.number, why) == (1, "confirmed over 2 seeds")
     assert choose_trial("demo", records, 0, made)[0].number == 0
+    foreign = made.winner.model_copy(update={"configuration": "of another study"})
+    other = made.model_copy(update={"finalists": (foreign,)})
+    assert choose_trial("demo", records, None, other)[0].number == 0
     write_study(place.storage, [([0.95], params(0.05))], data=scan(place.data).fingerprint)
     words = []
     (plan,) = plan_finals("demo", place, say=words.append)
