@@ -126,7 +126,15 @@ class Recipe(Hyperparameters):
     @property
     def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 over the canonical JSON."""
-        return digest(without_later_defaults(self.model_dump(mode="json")))
+        return self._hashed()
+
+    @property
+    def configuration(self) -> str:
+        """As `hash`, with the seed set aside: what the trainings of one recipe over many seeds share."""
+        return self._hashed("seed")
+
+    def _hashed(self, *without: str) -> str:
+        return digest(without_later_defaults(self.model_dump(mode="json", exclude=set(without))))
 
 
 class EpochResult(Frozen):

@@ -1,4 +1,4 @@
-"""What several tests need: image files made on the spot."""
+"""What several tests need: image files and searched studies, made on the spot."""
 
 from __future__ import annotations
 
@@ -26,3 +26,34 @@ def write_folders(root: Path, *, classes=("ant", "Bee", "cat"), images=9, size=(
                 root / name / f"image_{number:03d}.png", seed=1000 * label + number, size=size, hue=label % 3
             )
     return root
+
+
+def write_study(url: str, trials, *, data="x", name="demo", seed=0):
+    """A searched demo study. Each trial is its validation accuracies over epochs and its parameters.
+
+    A trial may have a third part: the changes to its recipe.
+    """
+    import optuna
+
+    from caltech_hpo.search.records import EPOCH_KEY, RECIPE_KEY
+    from caltech_hpo.search.space import Binding, recipe_for
+    from caltech_hpo.search.storage import open_storage, open_study
+    from caltech_hpo.spec import EpochResult
+    from caltech_hpo.study_files import load_study
+
+    spec = load_study("demo")
+    study = open_study(open_storage(url), name, spec, data, sampler_seed=0, allow_changed=True)
+    binding = Binding(classes=3, data=data, seed=seed, precision="fp32")
+    for accuracies, params, *changes in trials:
+        recipe = recipe_for(spec, params, binding).model_copy(update=dict(*changes))
+        epochs = [
+            EpochResult(
+                epoch=number, learning_rate=0.1, training_loss=1.0, validation_loss=1.0,
+                validation_top1=accuracy, images=9, seconds=1.0,
+            )
+            for number, accuracy in enumerate(accuracies, start=1)
+        ]  # fmt: skip
+        system = {f"{EPOCH_KEY}{epoch.epoch}": epoch.model_dump(mode="json") for epoch in epochs}
+        system |= {RECIPE_KEY: recipe.model_dump(mode="json"), "fixed_params": params}
+        study.add_trial(optuna.trial.create_trial(value=max(accuracies), system_attrs=system))
+    return study

@@ -154,7 +154,9 @@ def test_hashes_follow_content_not_names():
     assert spec.hash != changed.hash
     recipe = Recipe(architecture="alexnet", classes=3, data="x")
     assert recipe.hash == Recipe.model_validate_json(recipe.model_dump_json()).hash
-    assert recipe.hash != recipe.model_copy(update={"seed": 1}).hash
+    reseeded = recipe.model_copy(update={"seed": 1})
+    assert recipe.hash != reseeded.hash and recipe.configuration == reseeded.configuration
+    assert recipe.configuration != recipe.model_copy(update={"epochs": 31}).configuration
 
 
 @given(low=st.integers(1, 50), steps=st.integers(1, 20), step=st.integers(1, 7), value=st.integers(0, 250))

@@ -5,14 +5,20 @@ from __future__ import annotations
 import typer
 
 from caltech_hpo import __version__
-from caltech_hpo.cli import inspect_commands, replay_commands, result_commands, search_commands
+from caltech_hpo.cli import (
+    confirm_commands,
+    inspect_commands,
+    replay_commands,
+    result_commands,
+    search_commands,
+)
 
 app = typer.Typer(
     name="caltech-hpo", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="Searches hyperparameters of image classifiers, shows the trials, and tests the best one, once.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for commands in (search_commands, result_commands, replay_commands, inspect_commands):
+for commands in (search_commands, confirm_commands, result_commands, replay_commands, inspect_commands):
     commands.register(app)
 
 

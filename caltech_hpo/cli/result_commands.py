@@ -10,6 +10,7 @@ from rich.console import Console
 
 from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.display import EpochView
+from caltech_hpo.cli.final_tables import final_text, seeds_text
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -25,10 +26,11 @@ from caltech_hpo.cli.options import (
     progress_bars,
     say,
 )
-from caltech_hpo.cli.tables import final_text, report_table
+from caltech_hpo.cli.tables import report_table
 
 if TYPE_CHECKING:
-    from caltech_hpo.results.final import FinalPlan, FinalResult
+    from caltech_hpo.results.ledger import FinalResult
+    from caltech_hpo.results.plan import FinalPlan
 
 
 class FitOnChoice(StrEnum):
@@ -50,6 +52,16 @@ def final(
         FitOnChoice,
         typer.Option(help="train keeps the best validation epoch; train+val runs that many epochs."),
     ] = FitOnChoice.train,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Trainings: the trial's seed and the numbers after it.")
+    ] = 1,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="Another trial than the winner.", show_default="the winner")
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(help="Why another configuration of the study shall be scored.", metavar="REASON"),
+    ] = None,
     device: Device = "auto",
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
@@ -57,35 +69,58 @@ def final(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Retrain the best trial's configuration and score the test set, once.
+    """Retrain the winner's configuration and score the test set, once.
 
-    Writes weights, description, metrics, curves and confusion matrix into the home. A configuration
-    that was scored before is not scored again: its stored result is shown.
+    Writes weights, description, metrics, curves and confusion matrix into the home. A recipe that was
+    scored before is not scored again: its stored result is shown. Another configuration of the same
+    study is refused without a reason (--again): choosing between test scores is a search on the test set.
 
     Example: caltech-hpo final --study alexnet-scratch
     """
-    from caltech_hpo.results.final import plan_final
+    from caltech_hpo.results.plan import plan_finals
 
     place = place_of(home, storage, data)
-    with goes_on(), progress_bars() as bars:
-        plan = plan_final(study, place, fit_on=fit_on.value, progress=bars, say=say)
-    if plan.stored is not None:
-        say(f"trial {plan.record.number} was scored before; the test set is not used again")
+    with goes_on():
+        with progress_bars() as bars:
+            plans = plan_finals(
+                study, place, fit_on=fit_on.value, seeds=seeds, trial=trial, again=again,
+                progress=bars, say=say,
+            )  # fmt: skip
+        say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
+        results = [_scored(plan, device, skip_unreadable) for plan in plans]
+    _answer_final(plans, results, as_json)
+
+
+def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: bool) -> None:
+    from caltech_hpo.results import ledger
+    from caltech_hpo.results.seeds import over_seeds
+
+    first, folders = plans[0], [plan.folder for plan in plans]
+    uses = len(ledger.scores(first.place.storage, first.study))
+    if len(results) == 1:
+        text = final_text(results[0], first.choice, uses, folders[0])
+        answer(results[0].model_dump(mode="json"), as_json, text)
+    else:
+        made = over_seeds(results)
+        answer(made.model_dump(mode="json"), as_json, seeds_text(made, first.choice, uses, folders))
+
+
+def _scored(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+    """The recipe's score: the stored one, or a new one."""
+    from caltech_hpo.results.final import final_lock, is_settled
+
+    what = f"trial {plan.record.number}, seed {plan.recipe.seed},"
+    if plan.stored is not None and is_settled(plan):
+        say(f"{what} was scored before; the test set is not used again")
         if not plan.folder.is_dir():
             say(f"its files are no longer in {plan.folder}")
-    result = plan.stored or _retrain_and_score(plan, device, skip_unreadable)
-    answer(result.model_dump(mode="json"), as_json, final_text(result, plan.folder))
-
-
-def _retrain_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
-    from caltech_hpo.results.final import final_lock
-
-    say(
-        f"retraining trial {plan.record.number} of study {plan.study.study_name} on {plan.recipe.fit_on}, "
-        f"{plan.recipe.epochs} epochs"
-    )
-    with goes_on(), final_lock(plan) as taken:
-        return taken or _train_and_score(plan, device, skip_unreadable)
+        return plan.stored
+    with final_lock(plan) as taken:
+        if taken is not None:
+            say(f"{what} was scored meanwhile; the test set is not used again")
+            return taken
+        say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
+        return _train_and_score(plan, device, skip_unreadable)
 
 
 def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from caltech_hpo.cli.display import percent, short_params
+from caltech_hpo.cli.final_tables import score_lines
 
 if TYPE_CHECKING:
     from caltech_hpo.data.check import CheckResult
     from caltech_hpo.results.analysis import Importance
-    from caltech_hpo.results.final import FinalResult
     from caltech_hpo.results.report import Report, ReportRow
     from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.training.summary import ModelSummary
@@ -104,23 +103,6 @@ def _published(values: dict[str, Any]) -> list[str]:
     return ["-" if loss is None else f"{loss:g}", percent(values["validation"]), percent(values["test"])]
 
 
-def final_text(result: FinalResult, folder: Path) -> str:
-    """The outcome of `final` in a few lines."""
-    low, high = result.ci95
-    validation = (
-        f"validation {result.val_accuracy:.4f} at" if result.val_accuracy is not None else "trained to"
-    )
-    return "\n".join(
-        [
-            f"study {result.study}, trial {result.trial}: {short_params(result.params)}",
-            f"{validation} epoch {result.best_epoch}, fitted on {result.fit_on}, {result.seeds} seed",
-            f"test top-1 {result.test_accuracy:.4f}, 95% interval {low:.4f} to {high:.4f} "
-            f"over {result.test_images:,} images; mean per class {result.test_mean_per_class_accuracy:.4f}",
-            f"model, metrics and plots: {folder}",
-        ]
-    )
-
-
 def report_table(made: Report) -> RenderableType:
     """The report's table, with the published values on the right.
 
@@ -143,13 +125,7 @@ def report_table(made: Report) -> RenderableType:
     lines.append(
         "* best complete trial; B hand-tuned baseline; one seed a trial; published: loss, validation, test"
     )
-    for final in made.finals:
-        low, high = final.ci95
-        lines.append(
-            f"test set: trial {final.trial}, fitted on {final.fit_on}: top-1 {final.test_accuracy:.4f} "
-            f"({low:.4f} to {high:.4f}), mean per class {final.test_mean_per_class_accuracy:.4f}, "
-            f"{final.seeds} seed"
-        )
+    lines += score_lines(made)
     if made.importance:
         lines.append(importance_text(made.importance))
     lines.append(f"curves: {made.curves}" if made.curves else "no curves yet")

@@ -1,133 +1,58 @@
-"""Retrains the winner and scores the test set, once. The only module that loads the test split."""
+"""Retrains a recipe and scores it on the test set, once. The only module that loads the test split."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.data.cache import Progress
-from caltech_hpo.data.dataset import DatasetIndex, scan
-from caltech_hpo.data.loading import load_search_data, load_test_data
-from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
+import numpy as np
+
+from caltech_hpo.data.cache import Progress, read_index
+from caltech_hpo.data.loading import TestData, load_search_data, load_test_data
+from caltech_hpo.results import ledger
+from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.model_files import describe_model, publish, write_json
+from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
-from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1, wilson_interval
-from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
+from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
+from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerBugError, Working
-from caltech_hpo.search.records import TrialRecord, best_record, trial_records
-from caltech_hpo.search.request import Place, Say, silent
-from caltech_hpo.search.run import locate_data, open_executor
-from caltech_hpo.search.storage import stored_study
-from caltech_hpo.spec import EpochResult, FitOn, Frozen, Recipe, StudySpec
+from caltech_hpo.search.messages import EpochDone, Finished, Job, Working
+from caltech_hpo.search.run import open_executor
+from caltech_hpo.spec import EpochResult
 
 if TYPE_CHECKING:
-    import optuna
-
     from caltech_hpo.training.loop import Evaluation
 
-FINAL_ATTR = "final:"
 
+@contextlib.contextmanager
+def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
+    """One `final` of a study at a time; yields the score if it is known by now.
 
-class FinalResult(Frozen):
-    """A test score and what it belongs to. Accuracies are 0 to 1.
-
-    `val_accuracy` is None when the validation images were trained on; `ci95` is Wilson's interval
-    of `test_accuracy` over `test_images`; `seeds` says how many trainings it rests on.
-    `test_accuracy_flip` scores each image with its mirror image, where the recipe asks for it.
+    Another call may have taken it meanwhile, or an interrupted one may have left it in its unfinished
+    folder, which is then finished. Raises UsageError as `plan_finals` does, if another configuration
+    was scored meanwhile; StorageError while another `final` of the study runs.
     """
-
-    study: str
-    trial: int
-    params: dict[str, Any]
-    best_epoch: int
-    val_accuracy: float | None
-    test_accuracy: float
-    test_mean_per_class_accuracy: float
-    test_accuracy_flip: float | None = None
-    test_images: int
-    ci95: tuple[float, float]
-    fit_on: FitOn
-    model: str
-    recipe_hash: str
-    seeds: int = 1
+    lock = lock_path(plan.place.storage, plan.place.home, f"final-{plan.study}")
+    with held(lock, f"final training of study '{plan.study}'"):
+        left = read_score(plan.unfinished, plan.study, plan.record)
+        if left is not None:
+            ledger.record(plan.place.storage, left)
+            finish(plan)
+        rows = ledger.scores(plan.place.storage, plan.study)
+        stored = stored_score(rows, plan.recipe)
+        if stored is None:
+            check_again(plan.study, rows, plan.record.number, plan.recipe.configuration, plan.again)
+        yield stored
 
 
-@dataclass(frozen=True)
-class FinalPlan:
-    """What `final` is about to do.
-
-    `stored` is the score of the same recipe, if it was taken before; the data is then not looked at,
-    and `index` is None.
-    """
-
-    study: optuna.Study
-    record: TrialRecord
-    recipe: Recipe
-    folder: Path
-    stored: FinalResult | None
-    index: DatasetIndex | None
-    place: Place
-
-
-def plan_final(
-    name: str, place: Place, *, fit_on: FitOn = "train", progress: Progress | None = None, say: Say = silent
-) -> FinalPlan:
-    """Finds the best trial and checks that its data set is at hand.
-
-    Raises UsageError without a stored study or a complete trial, DataError for other data.
-    """
-    study = stored_study(place.storage, name)
-    record = best_record(trial_records(study))
-    if record is None or record.recipe is None:
-        raise UsageError(
-            f"study '{name}' has no complete trial yet",
-            f"run 'caltech-hpo search --study {name} --trials N' first",
-        )
-    recipe = record.recipe
-    if fit_on == "train+val":
-        recipe = recipe.model_copy(update={"fit_on": fit_on, "epochs": record.best_epoch})
-    folder = place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}"
-    stored = recorded_result(study, recipe, folder)
-    if stored is not None:
-        return FinalPlan(study, record, recipe, folder, stored, None, place)
-    spec = StudySpec.model_validate_json(study.user_attrs[SPEC_ATTR])
-    index = scan(locate_data(spec, place, progress=progress, say=say))
-    if index.fingerprint != study.user_attrs[DATA_ATTR]:
-        raise DataError(
-            f"{index.root}: not the data that study '{name}' searched on (other images, classes or split)",
-            "give the same folder as for the search: --data DIR",
-        )
-    return FinalPlan(study, record, recipe, folder, None, index, place)
-
-
-def recorded_result(study: optuna.Study, recipe: Recipe, folder: Path) -> FinalResult | None:
-    """The score of this recipe that the database holds, or that an interrupted call left in the folder."""
-    in_database = study.user_attrs.get(f"{FINAL_ATTR}{recipe.hash}")
-    if in_database is not None:
-        return FinalResult.model_validate(in_database)
-    in_folder = stored_result(folder)
-    if in_folder is not None:
-        remember(study, in_folder)
-    return in_folder
-
-
-def remember(study: optuna.Study, result: FinalResult) -> None:
-    """Records a score in the study, for the report."""
-    study.set_user_attr(f"{FINAL_ATTR}{result.recipe_hash}", result.model_dump(mode="json"))
-
-
-def stored_result(folder: Path) -> FinalResult | None:
-    """What an earlier `final` wrote into the folder, or None."""
-    metrics = folder / "metrics.json"
-    if not metrics.is_file():
-        return None
-    return FinalResult.model_validate(json.loads(metrics.read_text(encoding="utf-8"))["result"])
+def is_settled(plan: FinalPlan) -> bool:
+    """Whether the recipe has its score and no interrupted call left files to be finished."""
+    return plan.stored is not None and not (plan.unfinished / "metrics.json").is_file()
 
 
 def retrain(
@@ -138,101 +63,120 @@ def retrain(
     "train" keeps the best validation epoch; "train+val" the last one. Raises CaltechHpoError when
     the training fails.
     """
-    assert plan.index is not None, "the recipe has its score"
     # Decoded now, so that an unreadable test image is found before the training and not after it.
-    load_test_data(
-        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
-    )
+    _load_test(plan, skip_unreadable=skip_unreadable, progress=progress)
+    assert plan.index is not None
     data = load_search_data(
         plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
-    folder = unfinished(plan)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(plan.unfinished, ignore_errors=True)
     with open_executor(plan.recipe, data, device=device, features=plan.place.features) as executor:
-        executor.submit(Job(plan.record.number, plan.recipe, keep=folder / "model.safetensors"))
+        executor.submit(Job(plan.record.number, plan.recipe, keep=plan.unfinished / "model.safetensors"))
         while not isinstance(event := executor.next_event(), Finished):
             if isinstance(event, Working):
                 if progress:
                     progress(event.what, event.done, event.total)
                 continue
             if not isinstance(event, EpochDone):
-                raise _failure(event)
+                raise training_failure(event)
             yield event.result
             executor.answer(event.job, True)
-
-
-def _failure(event: Failed | Died) -> Exception:
-    """What a training that did not finish raises: a bug is a bug, the rest is the user's to mend."""
-    if isinstance(event, Died):
-        return CaltechHpoError(
-            f"training failed: the worker died (exit code {event.exit_code})", "run the command again"
-        )
-    if event.kind == "bug":
-        return WorkerBugError(event.message)
-    return CaltechHpoError(f"training failed: {event.kind}: {event.message}", "mend that and run it again")
-
-
-@contextlib.contextmanager
-def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
-    """One `final` of a recipe at a time; yields the score if another one took it meanwhile."""
-    lock = lock_path(plan.place.storage, plan.place.home, f"final-{plan.folder.name}")
-    with held(lock, f"final training of study '{plan.study.study_name}'"):
-        yield recorded_result(plan.study, plan.recipe, plan.folder)
-
-
-def unfinished(plan: FinalPlan) -> Path:
-    """The folder being written, beside the one that it becomes."""
-    return plan.folder.with_name(f".{plan.folder.name}.unfinished")
 
 
 def score(
     plan: FinalPlan, epochs: list[EpochResult], *, device: str, skip_unreadable: bool = False,
     progress: Progress | None = None,
 ) -> FinalResult:  # fmt: skip
-    """Scores the kept weights on the test split, writes everything into the folder, then records it."""
-    assert plan.index is not None, "the recipe has its score"
-    test = load_test_data(
-        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
-    )
-    folder = unfinished(plan)
-    evaluation = _evaluate(plan.recipe, folder / "model.safetensors", test, device)
+    """Scores the kept weights on the test split; records the score before anything else is done with it.
+
+    `final_lock` must be held. Whatever ends the call after the scoring, the score is in the ledger or
+    in the folder, from where the next call takes it.
+    """
+    test = _load_test(plan, skip_unreadable=skip_unreadable, progress=progress)
+    write_json(plan.unfinished / "model.json", describe_model(plan.recipe, test.classes))
+    evaluation = _evaluate(plan, test, device)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
+    result = _result(plan, epochs, matrix, evaluation.top1_flip)
+    row = _score_row(plan, result, test)
+    document = {
+        "result": row.result.model_dump(mode="json"),
+        "score": row.model_dump(mode="json", exclude={"id", "result"}),
+        "test_loss": evaluation.loss,
+        "confusion_matrix": matrix.tolist(),
+        "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
+    }
+    write_json(plan.unfinished / "metrics.json", document)
+    kept = ledger.record(plan.place.storage, row)
+    finish(plan)
+    return kept.result
+
+
+def finish(plan: FinalPlan) -> None:
+    """Draws what the unfinished folder's metrics tell and moves the folder to its name."""
+    folder = plan.unfinished
+    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    classes = json.loads((folder / "model.json").read_text(encoding="utf-8"))["classes"]
+    epochs = [EpochResult.model_validate(epoch) for epoch in document["epochs"]]
+    matrix = np.array(document["confusion_matrix"], dtype=np.int64)
+    title = f"{plan.study}, trial {plan.record.number}"
+    draw_training_curves(epochs, title, folder / "curves.png")
+    draw_confusion(matrix, classes, f"{title}: test top-1 {top1(matrix):.3f}", folder / "confusion.png")
+    publish(folder, plan.folder)
+
+
+def _result(
+    plan: FinalPlan, epochs: Sequence[EpochResult], matrix: Labels, top1_flip: float | None
+) -> FinalResult:
     validated = [result for result in epochs if result.validation_top1 is not None]
     best = max(validated, key=lambda result: result.validation_top1 or 0.0, default=epochs[-1])
-    result = FinalResult(
-        study=plan.study.study_name,
+    return FinalResult(
+        study=plan.study,
         trial=plan.record.number,
         params=plan.record.params,
         best_epoch=best.epoch,
         val_accuracy=best.validation_top1,
         test_accuracy=top1(matrix),
         test_mean_per_class_accuracy=mean_per_class(matrix),
-        test_accuracy_flip=evaluation.top1_flip,
+        test_accuracy_flip=top1_flip,
         test_images=int(matrix.sum()),
         ci95=wilson_interval(int(matrix.trace()), int(matrix.sum())),
         fit_on=plan.recipe.fit_on,
         model=str(plan.folder / "model.safetensors"),
         recipe_hash=plan.recipe.hash,
+        seed=plan.recipe.seed,
     )
-    title = f"{result.study}, trial {result.trial}"
-    draw_training_curves(epochs, title, folder / "curves.png")
-    draw_confusion(
-        matrix, test.classes, f"{title}: test top-1 {result.test_accuracy:.3f}", folder / "confusion.png"
-    )
-    document = {
-        "result": result.model_dump(mode="json"),
-        "test_loss": evaluation.loss,
-        "confusion_matrix": matrix.tolist(),
-        "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
-    }
-    write_json(folder / "model.json", describe_model(plan.recipe, test.classes))
-    write_json(folder / "metrics.json", document)
-    publish(folder, plan.folder)
-    remember(plan.study, result)
-    return result
 
 
-def _evaluate(recipe: Recipe, weights: Path, test: Any, device_name: str) -> Evaluation:
+def _score_row(plan: FinalPlan, result: FinalResult, test: TestData) -> ScoreRow:
+    assert plan.index is not None
+    left_out = read_index(test.test_cache)["unreadable"]
+    return ScoreRow(
+        study=plan.study,
+        trial=result.trial,
+        recipe_hash=result.recipe_hash,
+        configuration=plan.recipe.configuration,
+        seed=plan.recipe.seed,
+        fit_on=result.fit_on,
+        model_file=result.model,
+        test_list=ledger.list_hash(sample for sample in plan.index.test if sample.path not in left_out),
+        test_images=result.test_images,
+        top1=result.test_accuracy,
+        mean_per_class=result.test_mean_per_class_accuracy,
+        taken_at=ledger.now(),
+        reason=plan.again,
+        version=version("caltech-hpo"),
+        result=result,
+    )
+
+
+def _load_test(plan: FinalPlan, *, skip_unreadable: bool, progress: Progress | None) -> TestData:
+    assert plan.index is not None, "the recipe has its score"
+    return load_test_data(
+        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
+    )
+
+
+def _evaluate(plan: FinalPlan, test: Any, device_name: str) -> Evaluation:
     import torch
 
     from caltech_hpo.training.checkpoint import load_weights
@@ -241,9 +185,9 @@ def _evaluate(recipe: Recipe, weights: Path, test: Any, device_name: str) -> Eva
     from caltech_hpo.training.models import build_model
     from caltech_hpo.training.sources import ImageSource, plan_for
 
-    device = resolve_device(device_name)
+    recipe, device = plan.recipe, resolve_device(device_name)
     model = build_model(recipe.architecture, "none", recipe.classes, seed=0, dropout=recipe.dropout)
-    load_weights(model, weights)
+    load_weights(model, plan.unfinished / "model.safetensors")
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = ImageSource(test.open_test(), plan_for(recipe, device))
     return evaluate(model, source, device, recipe.precision, flip=recipe.test_time_flip)

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from caltech_hpo.results import ledger
 from caltech_hpo.results.analysis import Importance, importances
-from caltech_hpo.results.final import FINAL_ATTR, FinalResult
+from caltech_hpo.results.ledger import FinalResult
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
@@ -40,7 +41,10 @@ class ReportRow(Frozen):
 
 
 class Report(Frozen):
-    """A study's table; `best` is the trial number of the best complete trial."""
+    """A study's table; `best` is the trial number of the best complete trial.
+
+    `test_uses` counts the scorings on the test set; `test_reasons` says why later ones were made.
+    """
 
     study: str
     rows: tuple[ReportRow, ...]
@@ -48,6 +52,8 @@ class Report(Frozen):
     finals: tuple[FinalResult, ...]
     curves: str | None
     importance: Importance | None = None
+    test_uses: int = 0
+    test_reasons: tuple[str, ...] = ()
 
 
 def make_report(name: str, place: Place) -> Report:
@@ -56,7 +62,8 @@ def make_report(name: str, place: Place) -> Report:
     attrs = study.user_attrs
     spec = StudySpec.model_validate_json(attrs[SPEC_ATTR]) if SPEC_ATTR in attrs else load_study(name)
     records = trial_records(study)
-    finals = tuple(FinalResult.model_validate(v) for key, v in attrs.items() if key.startswith(FINAL_ATTR))
+    scores = ledger.scores(place.storage, name)
+    finals = tuple(score.result for score in scores)
     best = best_record(records)
     curves = None
     if any(record.epochs for record in records):
@@ -70,6 +77,8 @@ def make_report(name: str, place: Place) -> Report:
         finals=finals,
         curves=curves,
         importance=importances(spec, records),
+        test_uses=len(scores),
+        test_reasons=tuple(dict.fromkeys(score.reason for score in scores if score.reason)),
     )
 
 
@@ -77,7 +86,8 @@ def report_rows(
     spec: StudySpec, records: Sequence[TrialRecord], finals: Sequence[FinalResult]
 ) -> tuple[ReportRow, ...]:
     """The baselines in the file's order (their latest run that counts), then the rest, best first."""
-    tests = {final.trial: final.test_accuracy for final in finals if final.fit_on == "train"}
+    # Of several seeds the first: it is the one that the row's validation accuracy belongs to.
+    tests = {final.trial: final.test_accuracy for final in reversed(finals) if final.fit_on == "train"}
     fixed = spec.recipe.model_dump(include=set(COLUMNS))
 
     def row(record: TrialRecord, published: Published | None) -> ReportRow:

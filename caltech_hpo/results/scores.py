@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from caltech_hpo.spec import Frozen
 
 Labels = NDArray[np.int64]
 
@@ -36,3 +40,29 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
     # The ends meet 0 and 1 exactly at shares of 0 and 1, but for rounding.
     return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
+
+
+class Interval(Frozen):
+    """A mean over trainings. `sd` is the sample's standard deviation, `ci95` the t interval of the mean.
+
+    Both are None for a single training.
+    """
+
+    mean: float
+    sd: float | None
+    ci95: tuple[float, float] | None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of at least one value and Student's 95% interval of it.
+
+    The interval is symmetric: near 0 or 1 it may reach beyond what an accuracy can be.
+    """
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean=mean, sd=None, ci95=None)
+    sd = statistics.stdev(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    return Interval(mean=mean, sd=sd, ci95=(mean - half, mean + half))

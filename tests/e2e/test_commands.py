@@ -138,11 +138,21 @@ def test_report_shows_the_test_score_beside_the_trial(searched):
     assert f"{result['test_accuracy']:.4f}" in call("report", "--study", "demo", cwd=folder).stdout
 
 
-def test_final_on_training_and_validation_images(searched):
+def test_final_on_training_and_validation_images_is_another_use_of_the_test_set(searched):
     folder, document, _ = searched
-    made = answer("final", "--study", "demo", "--fit-on", "train+val", cwd=folder)
+    answer("final", "--study", "demo", cwd=folder)
+    arguments = ("final", "--study", "demo", "--fit-on", "train+val")
+    refused = call(*arguments, cwd=folder)
+    assert refused.returncode == 2 and refused.stdout == "" and "epoch 1/" not in refused.stderr
+    assert "was used before" in refused.stderr and '--again "reason"' in refused.stderr
+    made = answer(*arguments, "--again", "what more images give", cwd=folder)
     assert made["fit_on"] == "train+val" and made["val_accuracy"] is None
     assert made["best_epoch"] == document["best"]["best_epoch"] and made["test_accuracy"] > 0.8
+    report = answer("report", "--study", "demo", cwd=folder)
+    assert report["test_uses"] == len(report["finals"]) >= 2
+    assert report["test_reasons"] == ["what more images give"]
+    shown = " ".join(call("report", "--study", "demo", cwd=folder).stdout.split())
+    assert "again because: what more images give" in shown
 
 
 def test_studies_lists_what_is_declared_and_what_is_there(searched):
@@ -437,5 +447,5 @@ def test_the_database_is_optunas(searched):
 
 def test_help_lists_every_command(tmp_path):
     shown = call("--help", cwd=tmp_path).stdout
-    for command in ("search", "final", "report", "dashboard", "studies", "data", "models"):
+    for command in ("search", "confirm", "final", "report", "dashboard", "studies", "data", "models"):
         assert command in shown

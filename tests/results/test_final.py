@@ -1,12 +1,30 @@
-"""How a training that does not finish ends `final`."""
+"""`final`: which trial, which seeds, what is refused, and that no score is lost or taken twice."""
 
 from __future__ import annotations
 
-import pytest
+import json
 
-from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.results.final import _failure
-from caltech_hpo.search.messages import Died, Failed, WorkerBugError
+import pytest
+from helpers import write_folders, write_study
+from scipy import stats
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.errors import CaltechHpoError, UsageError
+from caltech_hpo.results import final, ledger
+from caltech_hpo.results.final import final_lock, is_settled, retrain, score
+from caltech_hpo.results.plan import plan_finals
+from caltech_hpo.results.report import make_report
+from caltech_hpo.results.scores import mean_interval
+from caltech_hpo.results.seeds import over_seeds
+from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
+from caltech_hpo.search.executors import InlineExecutor
+from caltech_hpo.search.messages import Died, Failed, WorkerBugError, WorkerConfig
+from caltech_hpo.search.records import trial_records
+from caltech_hpo.search.request import Place
+from caltech_hpo.search.storage import default_url
+
+SHORT = {"learning_rate": 0.01, "batch_size": 32, "epochs": 2, "augmentation": "center_crop"}
+OTHER = SHORT | {"learning_rate": 0.02}
 
 
 @pytest.mark.parametrize(
@@ -18,5 +36,155 @@ from caltech_hpo.search.messages import Died, Failed, WorkerBugError
     ],
 )
 def test_a_bug_keeps_its_traceback_and_the_rest_gets_one_line(event, kind, words):
-    error = _failure(event)
+    error = training_failure(event)
     assert type(error) is kind and words in str(error)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A study on a small image folder: trial 0 is the best, trial 1 another, trial 2 as 0 on another seed."""
+    images = write_folders(tmp_path / "images", images=12)
+    made = Place(tmp_path / "home", default_url(tmp_path / "home"), data=images)
+    trials = [([0.1, 0.9], SHORT), ([0.2, 0.8], OTHER), ([0.1, 0.7], SHORT, {"seed": 9})]
+    write_study(made.storage, trials, data=scan(images).fingerprint)
+
+    class Inline(InlineExecutor):
+        """Trains in this process: seconds instead of tens of them."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.close()
+
+    def inline(recipe, data, *, device):
+        return Inline(WorkerConfig(data, device, 1, recipe.architecture, recipe.weights))
+
+    monkeypatch.setattr(final, "open_executor", inline)
+    return made
+
+
+def take(plan):
+    """What the command does for one plan."""
+    if is_settled(plan):
+        return plan.stored
+    with final_lock(plan) as taken:
+        return taken or score(plan, list(retrain(plan, device="cpu")), device="cpu")
+
+
+def test_a_score_is_taken_once_and_kept_with_what_it_belongs_to(place):
+    (plan,) = plan_finals("demo", place)
+    first = take(plan)
+    (row,) = ledger.scores(place.storage, "demo")
+    recipe = plan.recipe
+    assert (row.trial, row.recipe_hash, row.configuration) == (0, recipe.hash, recipe.configuration)
+    assert (row.seed, row.fit_on, row.reason, row.result) == (0, "train", "", first)
+    assert (row.top1, row.test_images) == (first.test_accuracy, 12)
+    assert row.test_list == ledger.list_hash(scan(place.data).test)
+    assert row.taken_at.endswith("+00:00") and row.version
+    metrics = json.loads((plan.folder / "metrics.json").read_text())
+    assert metrics["result"]["test_accuracy"] == row.top1 and (plan.folder / "confusion.png").is_file()
+
+    again = plan_finals("demo", Place(place.home, place.storage, data=place.home / "absent"))
+    assert [plan.stored for plan in again] == [first] and take(again[0]) == first
+
+
+def test_another_configuration_needs_a_reason(place):
+    take(plan_finals("demo", place)[0])
+    for options in ({"trial": 1}, {"fit_on": "train+val"}, {"trial": 1, "seeds": 3}):
+        with pytest.raises(UsageError) as refused:
+            plan_finals("demo", place, **options)
+        for words in ("trial 0", "fitted on train", "top-1 ", "+00:00", '--again "reason"'):
+            assert words in str(refused.value)
+    with pytest.raises(UsageError, match="reason is empty"):
+        plan_finals("demo", place, trial=1, again="  ")
+    plan_finals("demo", place, trial=2)  # the same configuration on another seed needs none
+    take(plan_finals("demo", place, trial=1, again="a reviewer asked")[0])
+    plan_finals("demo", place, trial=1, seeds=2)  # and none is needed to go on with it
+    made = make_report("demo", place)
+    assert (made.test_uses, made.test_reasons) == (2, ("a reviewer asked",))
+    assert [row.test_accuracy is not None for row in made.rows if row.trial in (0, 1, 2)].count(True) == 2
+
+
+def test_two_calls_cannot_both_be_the_first(place):
+    one, other = plan_finals("demo", place)[0], plan_finals("demo", place, trial=1)[0]
+    take(one)
+    with pytest.raises(UsageError, match="was used before"), final_lock(other):
+        pass
+
+
+def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
+    (single,) = plan_finals("demo", place)
+    first = take(single)
+    plans = plan_finals("demo", place, seeds=2)
+    assert [plan.recipe.seed for plan in plans] == [0, 1]
+    assert [plan.stored for plan in plans] == [first, None]
+    assert plans[0].folder != plans[1].folder
+    results = [take(plan) for plan in plans]
+    assert results[0] == first and results[1].seed == 1
+    assert [row.seed for row in ledger.scores(place.storage)] == [0, 1]
+    made = over_seeds(results)
+    assert made.test_accuracy == pytest.approx(sum(r.test_accuracy for r in results) / 2)
+    assert (made.seeds, list(made.results)) == (2, results)
+
+
+def test_the_seed_after_the_last_is_the_first(place):
+    recipe = plan_finals("demo", place)[0].recipe
+    assert [seeded(recipe, SEEDS - 1 + i).seed for i in range(3)] == [SEEDS - 1, 0, 1]
+
+
+@pytest.mark.parametrize("broken", ["record", "finish"])
+def test_an_interrupted_scoring_is_finished_and_not_repeated(place, monkeypatch, broken):
+    (plan,) = plan_finals("demo", place)
+    owner = ledger if broken == "record" else final
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(owner, broken, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            take(plan)
+    assert not plan.folder.exists()
+    (again,) = plan_finals("demo", place)
+    assert (again.stored is None) is (broken == "record")
+    with monkeypatch.context() as patch:
+        patch.setattr(final, "_evaluate", interrupt)
+        result = take(again)
+    assert [row.result for row in ledger.scores(place.storage)] == [result]
+    assert (plan.folder / "model.safetensors").is_file() and (plan.folder / "curves.png").is_file()
+    assert not plan.unfinished.exists() and is_settled(plan_finals("demo", place)[0])
+
+
+def test_a_score_from_before_the_ledger_stands(place):
+    study = write_study(place.storage, [], data=scan(place.data).fingerprint)
+    recipe = trial_records(study)[0].recipe
+    old = {
+        "study": "demo", "trial": 0, "params": SHORT, "best_epoch": 2, "val_accuracy": 0.9,
+        "test_accuracy": 0.75, "test_mean_per_class_accuracy": 0.5, "test_images": 12, "ci95": [0.5, 0.9],
+        "fit_on": "train", "model": "m", "recipe_hash": recipe.hash, "seeds": 1,
+    }  # fmt: skip
+    study.set_user_attr(f"final:{recipe.hash}", old)
+    (plan,) = plan_finals("demo", Place(place.home, place.storage))
+    assert plan.stored.test_accuracy == 0.75 and plan.index is None
+    with pytest.raises(UsageError, match=r"top-1 0\.7500, before the ledger"):
+        plan_finals("demo", place, trial=1)
+    assert make_report("demo", place).test_uses == 1
+
+
+@pytest.mark.parametrize("trial", [7, -1])
+def test_a_trial_that_is_not_there(place, trial):
+    with pytest.raises(UsageError, match=f"trial {trial} of study 'demo' is not there"):
+        plan_finals("demo", place, trial=trial)
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6], [0.51, 0.52, 0.55], [0.9, 0.9, 0.9, 0.8]])
+def test_the_interval_of_a_mean_is_scipys(values):
+    made = mean_interval(values)
+    found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert made.ci95 == pytest.approx((found.low, found.high))
+    assert made.mean == pytest.approx(sum(values) / len(values))
+
+
+def test_one_seed_has_no_interval():
+    assert mean_interval([0.5]).model_dump() == {"mean": 0.5, "sd": None, "ci95": None}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caltech_hpo.results.final import FinalResult
+from caltech_hpo.results.ledger import FinalResult
 from caltech_hpo.results.plots import draw_confusion, draw_study_curves, draw_training_curves
 from caltech_hpo.results.report import report_rows
 from caltech_hpo.search.records import TrialRecord

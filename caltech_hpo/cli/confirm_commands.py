@@ -1,0 +1,185 @@
+"""`confirm`."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from caltech_hpo.cli.display import duration, percent, short_params
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Device,
+    Home,
+    Json,
+    Skip,
+    Storage,
+    Study,
+    answer,
+    goes_on,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.cli.tables import table_of
+
+if TYPE_CHECKING:
+    from caltech_hpo.results.confirm import ConfirmEvent, ConfirmPlan, Training
+    from caltech_hpo.results.ranking import Confirmation
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(confirm)
+
+
+def confirm(
+    study: Study,
+    finalists: Annotated[int, typer.Option(min=1, max=1000, help="Best configurations to retrain.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each, on fresh seeds.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that train at once.")] = 1,
+    device: Device = "auto",
+    skip_unreadable: Skip = False,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Retrain the best trials over fresh seeds and rank them by their mean validation accuracy.
+
+    The best of many noisy trials is partly luck: the optimism is what the search's best loses on seeds
+    that did not choose it. Every finalist gets the same seeds. Each training is kept as it finishes;
+    the same command goes on where it stopped. The test set is not used. 'final' takes the winner.
+
+    Example: caltech-hpo confirm --study alexnet-scratch --finalists 3 --seeds 3
+    """
+    from caltech_hpo.results.confirm import confirmed, open_confirm, run_confirm
+
+    place = place_of(home, storage, data)
+    with goes_on(), progress_bars() as bars:
+        with open_confirm(study, place, finalists=finalists, seeds=seeds, progress=bars, say=say) as plan:
+            say(_announcement(plan))
+            events = run_confirm(
+                plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars
+            )
+            view = ConfirmView(Console(stderr=True), plan, workers)
+            with contextlib.closing(events), view.shown():
+                for event in events:
+                    bars.close()
+                    view.handle(event)
+        made = confirmed(place.storage, study)
+    assert made is not None, "every seed is whole"
+    document = made.model_dump(mode="json") | {
+        "winner": made.winner.trial, "winner_mean": made.winner.mean, "winner_optimism": made.winner.optimism,
+    }  # fmt: skip
+    answer(document, as_json, confirmation_table(made))
+
+
+def _announcement(plan: ConfirmPlan) -> str:
+    total = len(plan.finalists) * len(plan.seeds)
+    trials = ", ".join(str(one.trial) for one in plan.finalists)
+    text = f"study {plan.study}: trials {trials} on seeds {plan.seeds[0]} to {plan.seeds[-1]}: "
+    done = total - len(plan.open)
+    return text + (f"{done} of {total} trainings done" if plan.open else f"all {total} trainings done before")
+
+
+class ConfirmView:
+    """The progress of a confirm: a bar for each running training on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, console: Console, plan: ConfirmPlan, workers: int) -> None:
+        self._console, self._workers = console, workers
+        self._places = {training: number for number, training in enumerate(plan.open, start=1)}
+        self._epochs_left = sum(training.recipe.epochs for training in plan.open)
+        self._seconds: list[float] = []
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console,
+        )  # fmt: skip
+        self._tasks: dict[Training, TaskID] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keeps the bars on the screen."""
+        if not self._console.is_terminal or not self._places:
+            yield
+            return
+        with self._bars:
+            yield
+
+    def handle(self, event: ConfirmEvent) -> None:
+        """Takes in one event."""
+        from caltech_hpo.results.confirm import TrainingEpoch, TrainingStarted
+
+        training, epochs = event.training, event.training.recipe.epochs
+        name = f"trial {training.trial} seed {training.recipe.seed}"
+        if isinstance(event, TrainingStarted):
+            if self._console.is_terminal:
+                self._tasks[training] = self._bars.add_task(name, total=epochs)
+            self._line(f"{name} starts ({self._places[training]} of {len(self._places)} trainings)")
+        elif isinstance(event, TrainingEpoch):
+            result = event.result
+            self._seconds.append(result.seconds)
+            self._epochs_left -= 1
+            text = f"loss {result.training_loss:.4f}, validation {percent(result.validation_top1)}"
+            left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
+            self._line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
+            if training in self._tasks:
+                self._bars.update(
+                    self._tasks[training], completed=result.epoch, description=f"{name}: {text}; epoch"
+                )
+        else:
+            run = event.run
+            self._epochs_left -= epochs - run.epochs_run
+            self._line(f"{name} {run.stop_reason}, best validation {percent(run.value)}")
+
+    def _line(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def confirmation_table(made: Confirmation) -> Group:
+    """The finalists by mean, the winner and the optimism."""
+    cells = []
+    for one in made.finalists:
+        cells.append(
+            [str(one.trial), short_params(one.params), f"{one.mean:.4f}", _between(one.ci95),
+             f"{one.behind:.4f}", _between(one.behind_ci95), f"{one.search_value:.4f}",
+             f"{one.optimism:+.4f}", str(one.diverged or "-")]
+        )  # fmt: skip
+    columns = (
+        "trial",
+        "parameters",
+        "mean",
+        "95%",
+        "behind",
+        "95%, paired",
+        "search",
+        "optimism",
+        "diverged",
+    )
+    count = len(made.seeds)
+    title = f"study {made.study}: validation top-1 over {count} fresh seed{'s' if count > 1 else ''}"
+    winner, best = made.winner, next(one for one in made.finalists if one.trial == made.search_best)
+    lines = [
+        f"winner: trial {winner.trial}, mean {winner.mean:.4f} over seeds {', '.join(map(str, made.seeds))}; "
+        f"its search value {winner.search_value:.4f} was optimistic by {winner.optimism:+.4f}",
+        f"optimism: the search's best, trial {best.trial}, had {best.search_value:.4f} and is confirmed at "
+        f"{best.mean:.4f}: {made.optimism:+.4f}",
+        f"next: caltech-hpo final --study {made.study}",
+    ]
+    if count < 2:
+        lines.insert(0, "one seed has no interval: give --seeds 2 or more")
+    table = table_of(columns, cells, left=("parameters",), title=title)
+    return Group(table, *(escape(line) for line in lines))
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"

@@ -1,0 +1,221 @@
+"""Retrains a search's best trials over fresh seeds: the best of many noisy trials is partly luck."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from caltech_hpo.data.cache import Progress
+from caltech_hpo.data.dataset import DatasetIndex
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.errors import UsageError
+from caltech_hpo.results.ledger import now
+from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
+from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
+from caltech_hpo.results.trainings import SEEDS, searched_data, seeded, training_failure
+from caltech_hpo.search.locks import held, lock_path
+from caltech_hpo.search.messages import EpochDone, Finished, Job, Working
+from caltech_hpo.search.pruning import divergence
+from caltech_hpo.search.records import TrialRecord, trial_records
+from caltech_hpo.search.request import Place, Say, silent
+from caltech_hpo.search.run import open_executor
+from caltech_hpo.search.storage import open_existing, open_storage, stored_study
+from caltech_hpo.spec import EpochResult, Recipe
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+    from caltech_hpo.search.executors import Executor
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a finalist."""
+
+    trial: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """A worker has begun a training."""
+
+    training: Training
+
+
+@dataclass(frozen=True)
+class TrainingEpoch:
+    """An epoch of a training."""
+
+    training: Training
+    result: EpochResult
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """A training is in the database."""
+
+    training: Training
+    run: ConfirmRun
+
+
+ConfirmEvent = TrainingStarted | TrainingEpoch | TrainingEnded
+
+
+@dataclass(frozen=True)
+class ConfirmPlan:
+    """What `confirm` is about to do; `open` are the trainings that are not in the database yet.
+
+    They go seed by seed over the finalists, so that what an interruption leaves is paired. `index`
+    is None when nothing is open: the data is then not looked at.
+    """
+
+    study: str
+    place: Place
+    finalists: tuple[Candidate, ...]
+    seeds: tuple[int, ...]
+    open: tuple[Training, ...]
+    index: DatasetIndex | None
+
+
+def confirmed(url: str, study: str) -> Confirmation | None:
+    """The ranking by the latest `confirm` of which at least one seed is whole; None without one.
+
+    Reads only. Raises StorageError for a file that is no study database.
+    """
+    storage = open_existing(url)
+    return None if storage is None else _ranking(storage, study)
+
+
+def _ranking(storage: RDBStorage, study: str) -> Confirmation | None:
+    done = runs(storage, study)
+    values = {(run.configuration, run.seed): run.value for run in done}
+    for request in requests(storage, study):
+        diverged = Counter(
+            run.configuration for run in done if run.stop_reason != "finished" and run.seed in request.seeds
+        )
+        ranking = rank(study, request.finalists, request.seeds, values, diverged)
+        if ranking is not None:
+            return ranking
+    return None
+
+
+def fresh_seeds(records: Sequence[TrialRecord], count: int) -> tuple[int, ...]:
+    """`count` seeds in a row that no trial was searched with: those after the highest one."""
+    used = max((record.recipe.seed for record in records if record.recipe is not None), default=0)
+    return tuple((used + i) % SEEDS for i in range(1, count + 1))
+
+
+@contextlib.contextmanager
+def open_confirm(
+    name: str, place: Place, *, finalists: int, seeds: int,
+    progress: Progress | None = None, say: Say = silent,
+) -> Iterator[ConfirmPlan]:  # fmt: skip
+    """Chooses finalists and seeds, and holds the study's confirm lock.
+
+    Raises UsageError without a stored study or a complete trial, DataError for other data, StorageError
+    while another `confirm` of the study runs.
+    """
+    study = stored_study(place.storage, name)
+    records = trial_records(study)
+    chosen = candidates(records, finalists)
+    if not chosen:
+        raise UsageError(
+            f"study '{name}' has no complete trial yet",
+            f"run 'caltech-hpo search --study {name} --trials N' first",
+        )
+    if len(chosen) < finalists:
+        say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
+    numbers = fresh_seeds(records, seeds)
+    recipes = {record.number: record.recipe for record in records}
+    with held(lock_path(place.storage, place.home, f"confirm-{name}"), f"confirm of study '{name}'"):
+        storage = open_storage(place.storage)
+        done = {run.recipe_hash for run in runs(storage, name)}
+        trainings = [
+            Training(one.trial, seeded(recipe, seed))
+            for seed in numbers
+            for one in chosen
+            if (recipe := recipes[one.trial]) is not None
+        ]
+        pending = tuple(training for training in trainings if training.recipe.hash not in done)
+        index = searched_data(study, place, progress=progress, say=say) if pending else None
+        yield ConfirmPlan(name, place, tuple(chosen), numbers, pending, index)
+
+
+def run_confirm(
+    plan: ConfirmPlan, *, workers: int = 1, device: str = "auto", skip_unreadable: bool = False,
+    progress: Progress | None = None,
+) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
+    """Runs what is open, and keeps each training as soon as it has finished.
+
+    `plan` comes from `open_confirm`, which must still be open. Only training and validation images are
+    loaded. Raises CaltechHpoError when a training fails; what had finished by then is kept.
+    """
+    storage = open_storage(plan.place.storage)
+    add_request(storage, plan.study, plan.finalists, plan.seeds)
+    # A study continued with --allow-changed may mix image sizes: each size has a pixel cache of its own.
+    for resize in dict.fromkeys(training.recipe.resize for training in plan.open):
+        assert plan.index is not None
+        data = load_search_data(
+            plan.index, resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
+        )
+        mine = [training for training in plan.open if training.recipe.resize == resize]
+        count = min(workers, len(mine))
+        with open_executor(
+            mine[0].recipe, data, device=device, workers=count, features=plan.place.features
+        ) as executor:
+            for event in train_all(plan.study, mine, executor, progress):
+                if isinstance(event, TrainingEnded):
+                    add_run(storage, event.run)
+                yield event
+
+
+@dataclass
+class _Running:
+    training: Training
+    results: list[EpochResult] = field(default_factory=list)
+    stop_reason: str = ""
+
+
+def train_all(
+    study: str, trainings: Sequence[Training], executor: Executor, progress: Progress | None = None
+) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
+    """Runs the trainings in their order on all workers; one that diverges is stopped, and counts."""
+    waiting = list(enumerate(trainings))
+    running: dict[int, _Running] = {}
+    while waiting or running:
+        while waiting and executor.free:
+            number, training = waiting.pop(0)
+            executor.submit(Job(number, training.recipe))
+            running[number] = _Running(training)
+            yield TrainingStarted(training)
+        event = executor.next_event()
+        one = running[event.job]
+        if isinstance(event, EpochDone):
+            one.results.append(event.result)
+            one.stop_reason = divergence(one.results)
+            executor.answer(event.job, not one.stop_reason)
+            yield TrainingEpoch(one.training, event.result)
+        elif isinstance(event, Working):
+            if progress:
+                progress(event.what, event.done, event.total)
+        elif isinstance(event, Finished):
+            del running[event.job]
+            yield TrainingEnded(one.training, _run(study, one))
+        else:
+            raise training_failure(event)
+
+
+def _run(study: str, running: _Running) -> ConfirmRun:
+    recipe, results = running.training.recipe, running.results
+    best = max(results, key=lambda result: result.validation_top1 or 0.0)
+    return ConfirmRun(
+        study=study, trial=running.training.trial, configuration=recipe.configuration,
+        recipe_hash=recipe.hash, seed=recipe.seed, value=best.validation_top1 or 0.0,
+        best_epoch=best.epoch, epochs_run=len(results),
+        seconds=round(sum(result.seconds for result in results), 3),
+        stop_reason=running.stop_reason or "finished", finished_at=now(),
+    )  # fmt: skip

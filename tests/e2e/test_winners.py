@@ -1,0 +1,94 @@
+"""From a search to a confirmed winner and its test score, with the installed command and real workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import write_folders
+
+COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
+VALUES = "epochs=20,batch_size=32,augmentation=center_crop"
+STUDY = ("--study", "demo", "--data", "images")
+
+
+def environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")} | {"NO_COLOR": "1"}
+
+
+def call(*arguments, cwd):
+    """Runs the command; returns the finished process."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), timeout=240,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def answer(*arguments, cwd):
+    """The JSON document of a command that must succeed."""
+    done = call(*arguments, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A folder with a study of two short trials on small images."""
+    folder = tmp_path_factory.mktemp("winners")
+    write_folders(folder / "images", images=12)
+    queued = [f"learning_rate={rate},{VALUES}" for rate in (0.01, 0.02)]
+    enqueue = [part for text in queued for part in ("--enqueue", text)]
+    document = answer("search", *STUDY, "--trials", 2, "--no-baselines", *enqueue, cwd=folder)
+    assert document["complete"] == 2
+    return folder
+
+
+def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
+    command = ["confirm", *STUDY, "--finalists", "2", "--seeds", "2", "--workers", "2"]
+    with subprocess.Popen(
+        [COMMAND, *command], cwd=searched, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as running:
+        first = next(line for line in running.stderr if "finished, best validation" in line)
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+        assert running.wait(timeout=30) == 130
+    assert "seed 1" in first and "goes on from here" in rest and "Traceback" not in rest
+    done = call(*command, "--json", cwd=searched)
+    assert done.returncode == 0 and first.split(" finished")[0] not in done.stderr, done.stderr
+    made = json.loads(done.stdout)
+    assert made["seeds"] == [1, 2] and {one["trial"] for one in made["finalists"]} == {0, 1}
+    means = [one["mean"] for one in made["finalists"]]
+    assert means == sorted(means, reverse=True) and made["winner"] == made["finalists"][0]["trial"]
+    best = next(one for one in made["finalists"] if one["trial"] == made["search_best"])
+    assert made["optimism"] == pytest.approx(best["search_value"] - best["mean"])
+    again = call("confirm", "--study", "demo", "--finalists", 2, "--seeds", 2, cwd=searched)
+    assert again.returncode == 0 and "all 4 trainings done before" in again.stderr
+    for words in ("winner: trial", "over seeds 1, 2", "optimism: the search's best"):
+        assert words in again.stdout
+
+
+def test_final_takes_the_confirmed_winner_over_seeds(searched):
+    winner = answer("confirm", *STUDY, "--finalists", 2, "--seeds", 2, cwd=searched)["winner"]
+    done = call("final", *STUDY, "--seeds", 2, "--json", cwd=searched)
+    made = json.loads(done.stdout)
+    assert f"trial {winner}, confirmed over 2 seeds" in done.stderr
+    assert (made["trial"], made["seeds"]) == (winner, 2)
+    assert [result["seed"] for result in made["results"]] == [0, 1]
+    scores = [result["test_accuracy"] for result in made["results"]]
+    assert made["test_accuracy"] == pytest.approx(sum(scores) / 2)
+    single = call("final", "--study", "demo", "--json", cwd=searched)
+    assert json.loads(single.stdout) == made["results"][0] and "not used again" in single.stderr
+    shown = call("final", "--study", "demo", "--seeds", 2, cwd=searched).stdout
+    for words in ("over 2 seeds", "seed 0: test top-1", "seed 1: test top-1", "used 2 times"):
+        assert words in shown
+    other = 1 - winner
+    refused = call("final", *STUDY, "--trial", other, cwd=searched)
+    assert refused.returncode == 2 and '--again "reason"' in refused.stderr and refused.stdout == ""
+    assert answer("final", *STUDY, "--trial", other, "--again", "to compare", cwd=searched)["trial"] == other
+    shown = " ".join(call("report", "--study", "demo", cwd=searched).stdout.split())
+    assert "the test set was used 3 times on this study; again because: to compare" in shown
