@@ -75,25 +75,16 @@ def replay(
 
 def replay_table(made: Replay) -> RenderableType:
     """A line for each pruner, and what the figures rest on."""
-    columns = (
-        "pruner",
-        "compared at",
-        "pruned",
-        "epochs saved",
-        "time saved",
-        "winner",
-        "best left",
-        "regret",
-    )
+    columns = ("pruner", "at", "pruned", "epochs saved", "time saved", "winner", "best left", "regret")
     table = table_of(
-        columns, [_cells(row) for row in made.pruners], left=("pruner", "compared at", "winner"),
+        columns, [_cells(row) for row in made.pruners], left=("pruner", "at", "winner"),
         title=f"study {made.study}: what each pruner would have saved",
     )  # fmt: skip
     won = f"winner: trial {made.winner}, validation {percent(made.winner_value)}"
     lines = [
         f"{made.trials} trials, {made.epochs:,} epochs, {duration(made.seconds)} of training; "
         + (won if made.winner is not None else "no complete trial yet"),
-        "trials in the order of their numbers; rows with published figures are never pruned for lagging",
+        "in brackets: the complete trials and the epoch before which nothing is pruned; rows with published figures are never pruned for lagging",
     ]
     if made.cut_short:
         lines.append(
@@ -113,10 +104,10 @@ def _cells(row: PrunerReplay) -> list[str]:
 
 
 def pruner_text(declared: PrunerSpec) -> str:
-    """A pruner with the settings that it uses: "median (after 4 trials, from epoch 10)"."""
+    """A pruner and when it may first act: "median (4 trials, epoch 10)"."""
     share = {"percentile": f" {declared.percentile:g}", "hyperband": f" / {declared.reduction_factor}"}
     text = declared.name + share.get(declared.name, "")
     if declared.name in ("median", "percentile"):
         trials = f"{declared.startup_trials} trial{'s' if declared.startup_trials > 1 else ''}"
-        return f"{text} (after {trials}, from epoch {declared.warmup_epochs})"
-    return text if declared.name == "none" else f"{text} (from epoch {declared.warmup_epochs})"
+        return f"{text} ({trials}, epoch {declared.warmup_epochs})"
+    return text if declared.name == "none" else f"{text} (epoch {declared.warmup_epochs})"

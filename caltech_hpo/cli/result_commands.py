@@ -26,6 +26,7 @@ from caltech_hpo.cli.options import (
     progress_bars,
     say,
 )
+from caltech_hpo.cli.overview import AllStudies, OneStudy, Output, check_choice, report_all
 from caltech_hpo.cli.tables import report_table
 
 if TYPE_CHECKING:
@@ -138,11 +139,24 @@ def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> Fin
         return score(plan, epochs, device=device, skip_unreadable=skip_unreadable, progress=bars)
 
 
-def report(study: Study, home: Home = DEFAULT_HOME, storage: Storage = None, as_json: Json = False) -> None:
+def report(
+    study: OneStudy = None,
+    everything: AllStudies = False,
+    output: Output = None,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
     """Show a study's table beside the report's published values, and draw its curves.
+
+    With --all, write a page of all studies instead: report.md and report.html, which needs no network.
 
     Example: caltech-hpo report --study alexnet-scratch
     """
+    check_choice(study, everything, output)
+    if study is None:
+        report_all(place_of(home, storage), output, as_json)
+        return
     from caltech_hpo.results.report import make_report
 
     made = make_report(study, place_of(home, storage))

@@ -44,22 +44,29 @@ def study_of(spec: StudySpec, records: Sequence[TrialRecord], name: str = "") ->
     """An Optuna study in memory, in which each of the records is complete with its best accuracy so far.
 
     Optuna's importances and plots read complete trials only. Left with those that survived a pruner,
-    they would be told nothing about the values that a pruner cut off.
+    they would be told nothing about the values that a pruner cut off. Trials keep their numbers:
+    those that are not among the records are failed ones without parameters.
     """
     import optuna
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(logging.WARNING)
     study = optuna.create_study(study_name=name or spec.name, direction="maximize")
-    space = distributions(spec, records)
-    for record in records:
+    space, given = distributions(spec, records), {record.number: record for record in records}
+    for number in range(max(given, default=-1) + 1):
+        record = given.get(number)
+        if record is None:
+            study.add_trial(create_trial(state=TrialState.FAIL))
+            continue
         params = {key: value for key, value in record.params.items() if key in space}
         study.add_trial(
             create_trial(
-                state=TrialState.COMPLETE, value=record.value, params=params,
+                state=TrialState.COMPLETE,
+                value=record.value,
+                params=params,
                 distributions={key: space[key] for key in params},
             )
-        )  # fmt: skip
+        )
     return study
 
 

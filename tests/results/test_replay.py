@@ -5,66 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+from made_studies import searched
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.replay import default_pruners, parse_pruner, replay, replay_records
-from caltech_hpo.search.messages import EpochDone, Finished, Ready
-from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.space import Binding
-from caltech_hpo.search.storage import default_url, open_storage, open_study
-from caltech_hpo.search.supervisor import Supervisor
-from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Published
-from caltech_hpo.study_files import load_study
+from caltech_hpo.search.storage import default_url
+from caltech_hpo.spec import Baseline, PrunerSpec, Published
 
 MEDIAN = PrunerSpec(name="median", startup_trials=1, warmup_epochs=2)
-
-
-class Curves:
-    """An executor whose one worker plays a made-up curve for each trial."""
-
-    free = 1
-    ready = Ready("cpu", "fp32", {"torch": "0"})
-
-    def __init__(self, accuracies, diverging=()):
-        self.accuracies, self.diverging, self.stopped = accuracies, diverging, False
-
-    def submit(self, job):
-        self.free, self.stopped = 0, False
-        self.events = self.play(job)
-
-    def play(self, job):
-        for number in range(1, job.recipe.epochs + 1):
-            late = number == 3 and job.number in self.diverging
-            yield EpochDone(
-                job.number,
-                EpochResult(
-                    epoch=number, learning_rate=0.1, training_loss=math.nan if late else 1.0,
-                    validation_loss=1.0, validation_top1=self.accuracies(job.number, number), images=10,
-                    seconds=2.0,
-                ),
-            )  # fmt: skip
-        yield Finished(job.number)
-
-    def next_event(self):
-        event = next(e for e in self.events if not self.stopped or isinstance(e, Finished))
-        self.free = int(isinstance(event, Finished))
-        return event
-
-    def answer(self, job, go_on):
-        self.stopped = not go_on
-
-
-def searched(tmp_path, accuracies, *, trials=8, pruner=MEDIAN, baselines=(), diverging=(), pruning=True):
-    """A study "demo" in a database under `tmp_path`; its spec and records."""
-    spec = load_study("demo").model_copy(update={"pruner": pruner, "baselines": baselines})
-    storage = open_storage(default_url(tmp_path))
-    study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=False)
-    binding = Binding(classes=10, data="x", seed=0, precision="fp32")
-    list(
-        Supervisor(study, storage, spec, Curves(accuracies, diverging), binding, pruning=pruning).run(trials)
-    )
-    return spec, trial_records(study)
 
 
 def wavering(trial, epoch):
@@ -85,7 +34,7 @@ def test_a_search_replayed_with_its_own_pruner_is_the_same_search(tmp_path, name
         compare_at=compare_at,
         reduction_factor=2,
     )
-    _, records = searched(tmp_path, wavering, trials=9, pruner=pruner, diverging=(1, 6))
+    _, records = searched(tmp_path, wavering, trials=9, pruner=pruner, baselines=(), diverging=(1, 6))
     lagged = [record for record in records if record.stop_reason.startswith("lagging")]
     assert bool(lagged) == (name != "none")  # or there would be nothing to compare
     made = replay(
@@ -103,7 +52,7 @@ def test_a_full_search_tells_what_pruning_would_have_given(tmp_path, name):
     """The replay of an unpruned search prunes what the pruned search pruned, where it does so first."""
     pruner = PrunerSpec(name=name, startup_trials=1, warmup_epochs=2, reduction_factor=2)
     (tmp_path / "full").mkdir()
-    spec, full = searched(tmp_path / "full", wavering, trials=12, pruner=pruner, pruning=False)
+    spec, full = searched(tmp_path / "full", wavering, trials=12, pruner=pruner, baselines=(), pruning=False)
     assert all(record.state == "complete" for record in full)
     made = replay_records(spec, full, [pruner])
     (row,) = made.pruners
@@ -138,7 +87,7 @@ SIX = tuple(Baseline(name=str(i), params={"epochs": 6}) for i in range(3))
     ],
 )
 def test_a_winner_that_starts_slowly(tmp_path, pruner, pruned_at, best):
-    spec, records = searched(tmp_path, late, trials=3, baselines=SIX, pruning=False)
+    spec, records = searched(tmp_path, late, trials=3, pruner=MEDIAN, baselines=SIX, pruning=False)
     (row,) = replay_records(spec, records, [pruner]).pruners
     assert row.winner_pruned_at == pruned_at and row.best_value == pytest.approx(best)
     assert row.regret == pytest.approx(0.6 - best)
@@ -149,13 +98,13 @@ def test_a_winner_that_starts_slowly(tmp_path, pruner, pruned_at, best):
 
 def test_rows_with_published_figures_are_never_pruned(tmp_path):
     rows = (SIX[0], SIX[1].model_copy(update={"published": Published(validation=0.5)}), SIX[2])
-    spec, records = searched(tmp_path, late, trials=3, baselines=rows, pruning=False)
+    spec, records = searched(tmp_path, late, trials=3, pruner=MEDIAN, baselines=rows, pruning=False)
     (row,) = replay_records(spec, records, [MEDIAN]).pruners
     assert row.winner_pruned_at is None and row.regret == 0.0
 
 
 def test_a_study_without_a_complete_trial_has_no_winner_and_no_regret(tmp_path):
-    _, records = searched(tmp_path, wavering, trials=2, diverging=(0, 1))
+    _, records = searched(tmp_path, wavering, trials=2, pruner=MEDIAN, baselines=(), diverging=(0, 1))
     assert {record.state for record in records} == {"pruned"}
     made = replay("demo", Place(tmp_path, default_url(tmp_path)))
     assert (made.winner, made.cut_short, len(made.pruners)) == (None, 2, 6)
@@ -163,7 +112,7 @@ def test_a_study_without_a_complete_trial_has_no_winner_and_no_regret(tmp_path):
 
 
 def test_failed_trials_keep_their_numbers_and_do_not_count(tmp_path):
-    spec, records = searched(tmp_path, late, trials=3, baselines=SIX, pruning=False)
+    spec, records = searched(tmp_path, late, trials=3, pruner=MEDIAN, baselines=SIX, pruning=False)
     moved = [record.model_copy(update={"number": 2 * record.number + 1}) for record in records]
     moved.insert(0, records[0].model_copy(update={"number": 0, "state": "failed"}))
     made = replay_records(spec, moved, [MEDIAN])
