@@ -54,7 +54,7 @@ def summary_cells(made: StudySummary) -> dict[str, str]:
     published = made.published or Published()
     best = NOT_RUN
     if made.best_trial is not None:
-        best = f"{accuracy(made.best_validation)} (trial {made.best_trial})"
+        best = f"{accuracy(made.best_validation)} (trial {made.best_trial}, 1 seed)"
     elif made.complete + made.pruned + made.failed:
         best = "no complete trial"
     return {
