@@ -38,14 +38,14 @@ class FinalScore(Frozen):
 class Confirmed(Frozen):
     """The mean validation accuracy, 0 to 1, of a trial's configuration over `seeds` fresh trainings.
 
-    `low` and `high` are the mean's 95% interval.
+    `low` and `high` are the mean's 95% interval, None for a single training.
     """
 
     trial: int
     seeds: int
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def final_results(study: optuna.Study, place: Place) -> tuple[FinalResult, ...]:

@@ -98,10 +98,10 @@ def confirmed_text(confirmed: Confirmed | None) -> str:
     """The mean over fresh seeds."""
     if confirmed is None:
         return NOT_RUN
-    return (
-        f"{confirmed.mean:.3f} ({confirmed.low:.3f} to {confirmed.high:.3f}), "
-        f"{count(confirmed.seeds, 'seed')}, trial {confirmed.trial}"
-    )
+    interval = ""
+    if confirmed.low is not None and confirmed.high is not None:
+        interval = f" ({confirmed.low:.3f} to {confirmed.high:.3f})"
+    return f"{confirmed.mean:.3f}{interval}, {count(confirmed.seeds, 'seed')}, trial {confirmed.trial}"
 
 
 def hours(value: float) -> str:
