@@ -84,8 +84,8 @@ def replay_table(made: Replay) -> RenderableType:
     lines = [
         f"{made.trials} trials, {made.epochs:,} epochs, {duration(made.seconds)} of training; "
         + (won if made.winner is not None else "no complete trial yet"),
-        "in brackets: the complete trials and the epoch before which nothing is pruned; rows with published "
-        "figures are never pruned for lagging",
+        "in brackets: the complete trials and the epoch before which nothing is pruned",
+        "rows with published figures are never pruned for lagging",
     ]
     if made.cut_short:
         lines.append(

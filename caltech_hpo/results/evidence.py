@@ -40,7 +40,7 @@ class FinalScore(Frozen):
 class Confirmed(Frozen):
     """The mean validation accuracy, 0 to 1, of a trial's configuration over `seeds` fresh trainings.
 
-    `low` and `high` are the mean's 95% interval, None for one seed.
+    `low` and `high` are the mean's 95% interval, None for a single training.
     """
 
     trial: int

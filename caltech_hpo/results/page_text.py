@@ -54,7 +54,7 @@ def summary_cells(made: StudySummary) -> dict[str, str]:
     published = made.published or Published()
     best = NOT_RUN
     if made.best_trial is not None:
-        best = f"{accuracy(made.best_validation)} (trial {made.best_trial})"
+        best = f"{accuracy(made.best_validation)} (trial {made.best_trial}, 1 seed)"
     elif made.complete + made.pruned + made.failed:
         best = "no complete trial"
     return {
@@ -98,11 +98,9 @@ def confirmed_text(confirmed: Confirmed | None) -> str:
     """The mean over fresh seeds."""
     if confirmed is None:
         return NOT_RUN
-    interval = (
-        ""
-        if confirmed.low is None or confirmed.high is None
-        else f" ({confirmed.low:.3f} to {confirmed.high:.3f})"
-    )
+    interval = ""
+    if confirmed.low is not None and confirmed.high is not None:
+        interval = f" ({confirmed.low:.3f} to {confirmed.high:.3f})"
     return f"{confirmed.mean:.3f}{interval}, {count(confirmed.seeds, 'seed')}, trial {confirmed.trial}"
 
 

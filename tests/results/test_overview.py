@@ -15,10 +15,11 @@ from PIL import Image
 from caltech_hpo.cli.overview import check_choice
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.charts import draw_charts
-from caltech_hpo.results.evidence import by_configuration
+from caltech_hpo.results.evidence import Confirmed, by_configuration
 from caltech_hpo.results.final import FINAL_ATTR, FinalResult
 from caltech_hpo.results.overview import make_overview, page_order, reference_row
 from caltech_hpo.results.page import markdown_text, write_pages
+from caltech_hpo.results.page_text import confirmed_text
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import default_url, open_storage
 from caltech_hpo.spec import Choices, Hyperparameters
@@ -174,6 +175,21 @@ def test_scores_over_seeds_are_one_mean_with_an_interval():
     assert (found[1].low, found[1].high) == pytest.approx((0.5, 0.7))
 
 
+@pytest.mark.parametrize(
+    ("confirmed", "text"),
+    [
+        (None, "not run"),
+        (
+            Confirmed(trial=4, seeds=3, mean=0.5, low=0.45, high=0.55),
+            "0.500 (0.450 to 0.550), 3 seeds, trial 4",
+        ),
+        (Confirmed(trial=4, seeds=1, mean=0.5, low=None, high=None), "0.500, 1 seed, trial 4"),
+    ],
+)
+def test_a_confirmation_with_what_it_rests_on(confirmed, text):
+    assert confirmed_text(confirmed) == text
+
+
 CELL = re.compile(r"(?<!\\)\|")
 
 
@@ -198,7 +214,7 @@ def test_the_markdown_has_published_and_our_figures_side_by_side(pages):
     assert (mine["published validation"], mine["published test"]) == ("0.550", "0.540")
     assert mine["ours of that row: validation"] == "0.530 (complete, trial 0)"
     assert mine["ours of that row: test"] == "0.510"
-    assert mine["our best: validation"] == "0.730 (trial 3)" and mine["confirmed"] == "not run"
+    assert mine["our best: validation"] == "0.730 (trial 3, 1 seed)" and mine["confirmed"] == "not run"
     assert mine["final test (95% interval)"] == "0.620 (0.520 to 0.720), 1 seed, trial 3"
     assert mine["test set used"] == "2 x" and mine["complete / pruned / failed"] == "3 / 2 / 0"
     scratch = rows["alexnet-scratch"]
