@@ -15,6 +15,7 @@ from caltech_hpo.study_files import complete_params, load_study, parse_study, re
 
 BUILT_IN = {
     "lite0-transfer",
+    "lite0-head",
     "alexnet-scratch-modern",
     "demo",
     "alexnet-scratch",

@@ -12,7 +12,7 @@ from torch import nn
 
 from caltech_hpo.errors import WeightsError
 from caltech_hpo.spec import Recipe
-from caltech_hpo.training.device import resolve_precision
+from caltech_hpo.training.device import resolve_precision, train_depthwise_in_fp32
 from caltech_hpo.training.features import Split, Step, feature_source, views_of
 from caltech_hpo.training.models import apply_freeze, build_model, split_frozen, weights_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
@@ -39,6 +39,7 @@ def model_for(recipe: Recipe, device: torch.device) -> nn.Module:
         seed=derive_seed(recipe.seed, "weights"), dropout=recipe.dropout,
     )  # fmt: skip
     apply_freeze(model, recipe)
+    train_depthwise_in_fp32(model, device, resolve_precision(recipe.precision, device))
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
