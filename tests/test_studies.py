@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from caltech_hpo.errors import SpecError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange, IntRange
+from caltech_hpo.search.request import with_own_sizes
 from caltech_hpo.spec import Hyperparameters, Recipe
 from caltech_hpo.study_files import complete_params, load_study, parse_study, read_study, study_files
 
@@ -180,3 +181,39 @@ def test_longest_training():
     assert spec.most_epochs == 7
     assert spec.model_copy(update={"space": {"epochs": IntRange(low=3, high=9)}}).most_epochs == 9
     assert spec.model_copy(update={"space": {"epochs": Choices(choices=(3, 5))}}).most_epochs == 5
+
+
+def test_a_study_may_name_its_model(tmp_path):
+    text = MINIMAL.replace('architecture = "resnet18"', 'model = "timm/resnet26"')
+    assert text != MINIMAL
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_study(tmp_path / "mine.toml").recipe.architecture == "timm/resnet26"
+
+
+def test_a_timm_model_is_fed_as_timm_evaluates_it(tmp_path):
+    text = MINIMAL.replace('architecture = "resnet18"', 'architecture = "timm/{}"')
+    for name, extra, sizes in [
+        ("mobilenetv3_small_050", "", (256, 224)),
+        ("tf_efficientnet_b1", "", (272, 240)),
+        ("resnet26", "\ncrop = 160", (224, 160)),
+    ]:
+        (tmp_path / "mine.toml").write_text(text.format(name + '"' + extra + "\n#"))
+        recipe = with_own_sizes(read_study(tmp_path / "mine.toml")).recipe
+        assert (recipe.resize, recipe.crop) == sizes, name
+
+
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        (
+            'freeze = { choices = ["none", "classifier"] }\nfrozen_blocks = { low = 0, high = 5 }',
+            "nothing to",
+        ),
+        ("frozen_blocks = { low = 0, high = 6 }", "resnet18 has 5"),
+        ("nesterov = { choices = [true, false] }\nmomentum = { low = 0.0, high = 0.9 }", "nesterov needs"),
+    ],
+)
+def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
+    (tmp_path / "mine.toml").write_text(MINIMAL + space)
+    with pytest.raises(SpecError, match=word):
+        read_study(tmp_path / "mine.toml")

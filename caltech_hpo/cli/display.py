@@ -27,6 +27,11 @@ SHORT = {
     "batch_size": "batch",
     "weight_decay": "wd",
     "momentum": "mom",
+    "label_smoothing": "smooth",
+    "head_lr_factor": "head lr x",
+    "frozen_blocks": "frozen",
+    "color_jitter": "jitter",
+    "smallest_area": "area",
 }
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
 

@@ -169,5 +169,7 @@ def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool
     if smoke and finished == request.trials:
         lines.append("smoke run: nothing was kept; the study runs on this machine")
     elif best and not smoke:
-        lines.append(f"next: caltech-hpo final --study {request.study}, or look: caltech-hpo dashboard")
+        lines.append(
+            f"next: caltech-hpo confirm --study {request.study}, then final; or look: caltech-hpo dashboard"
+        )
     answer(document, as_json, "\n".join(lines))

@@ -109,16 +109,29 @@ def report_table(made: Report) -> RenderableType:
     Columns that are the same in every row go into a line below, so that the table fits a terminal.
     """
     cells = [_report_cells(row, made.best) for row in made.rows]
-    same = [name for name in ("freeze", "augmentation", "batch") if len({row[name] for row in cells}) == 1]
-    columns = [name for name in cells[0] if name not in same] if cells else []
+    same = [
+        name for name in ("step", "freeze", "augmentation", "batch", "others")
+        if len({row[name] for row in cells}) == 1
+    ]  # fmt: skip
+    empty = {
+        name for name in ("val+flip", "test", "test+flip", "published")
+        if all(row[name] in ("-", "") for row in cells)
+    }  # fmt: skip
+    columns = [name for name in cells[0] if name not in same and name not in empty] if cells else []
+    same = [name for name in same if cells[0][name] not in ("-", "")]
     table = Table(
-        title=escape(f"study {made.study}: our trials, and what the report published"), title_justify="left",
+        title=escape(
+            f"study {made.study}: our trials"
+            + (", and what the report published" if "published" in columns else "")
+        ),
+        title_justify="left",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     for name in columns:
         table.add_column(
-            name, justify="left" if name in ("outcome", "augmentation") else "right", no_wrap=True
-        )
+            name, justify="left" if name in ("outcome", "augmentation", "others") else "right",
+            no_wrap=name != "others",
+        )  # fmt: skip
     for row in cells:
         table.add_row(*(escape(row[name]) for name in columns))
     lines = ["every row: " + ", ".join(f"{name} {cells[0][name]}" for name in same)] if same and cells else []
@@ -142,6 +155,8 @@ def importance_text(importance: Importance) -> str:
 
 
 def _report_cells(row: ReportRow, best: int | None) -> dict[str, str]:
+    from caltech_hpo.results.report import COLUMNS
+
     params = row.params
     mark = ("*" if row.trial is not None and row.trial == best else "") + ("B" if row.baseline else "")
     published = _published(row.published.model_dump()) if row.published else []
@@ -149,13 +164,18 @@ def _report_cells(row: ReportRow, best: int | None) -> dict[str, str]:
         "trial": f"{'-' if row.trial is None else row.trial} {mark}".strip(),
         "LR": f"{params['learning_rate']:.3g}",
         "epochs": str(params["epochs"]),
-        "step": str(params["step_size"]),
+        "step": str(params["step_size"]) if params.get("schedule", "step") == "step" else "-",
         "freeze": params["freeze"],
         "augmentation": params["augmentation"].replace("_crop", ""),
         "batch": str(params["batch_size"]),
+        "others": short_params(
+            {name: value for name, value in params.items() if name not in (*COLUMNS, "schedule")}
+        ),
         "loss": "-" if row.final_loss is None else f"{row.final_loss:.3g}",
         "val": percent(row.val_accuracy),
+        "val+flip": percent(row.val_accuracy_flip),
         "test": percent(row.test_accuracy),
+        "test+flip": percent(row.test_accuracy_flip),
         "outcome": row.state if row.stop_reason in ("", "finished") else row.stop_reason.split(":")[0],
         "published": " ".join(published)
         if any(text != "-" for text in published)

@@ -13,7 +13,10 @@ from caltech_hpo.spec import Published
 
 NOTHING = "-"
 SHORT = {"learning_rate": "LR", "step_size": "step", "batch_size": "batch"}
-OPTIONAL = ("hand-tuned row", "published loss", "published validation", "published test")
+OPTIONAL = (
+    "hand-tuned row", "validation, flip", "test, flip", "published loss", "published validation",
+    "published test",
+)  # fmt: skip
 NOTES = (
     "Accuracies are top-1, 0 to 1. Validation accuracy chose the epoch, and the best trial among all: only "
     "the test score of a retrained model is free of that choice.",
@@ -162,7 +165,9 @@ def _row_cells(row: ReportRow, names: Sequence[str], best: int | None) -> dict[s
         **_params(row.params, names),
         "loss": NOTHING if row.final_loss is None else f"{row.final_loss:.3g}",
         "validation": accuracy(row.val_accuracy),
+        "validation, flip": accuracy(row.val_accuracy_flip),
         "test": accuracy(row.test_accuracy),
+        "test, flip": accuracy(row.test_accuracy_flip),
         "outcome": row.state if row.stop_reason in ("", "finished") else row.stop_reason.split(":")[0],
         "published loss": published.outcome
         or (NOTHING if published.final_loss is None else f"{published.final_loss:g}"),

@@ -26,7 +26,7 @@ class ReportRow(Frozen):
     """One training: ours, and what was published for the same values (None: nothing was).
 
     `trial` is None for a baseline that has not run. `test` is its test accuracy, where `final`
-    scored it. Accuracies are 0 to 1.
+    scored it; those with `_flip` are over each image and its mirror image. Accuracies are 0 to 1.
     """
 
     trial: int | None
@@ -36,6 +36,8 @@ class ReportRow(Frozen):
     final_loss: float | None
     val_accuracy: float | None
     test_accuracy: float | None
+    val_accuracy_flip: float | None = None
+    test_accuracy_flip: float | None = None
     stop_reason: str
     published: Published | None
 
@@ -87,15 +89,18 @@ def report_rows(
 ) -> tuple[ReportRow, ...]:
     """The baselines in the file's order (their latest run that counts), then the rest, best first."""
     # Of several seeds the first: it is the one that the row's validation accuracy belongs to.
-    tests = {final.trial: final.test_accuracy for final in reversed(finals) if final.fit_on == "train"}
-    fixed = spec.recipe.model_dump(include=set(COLUMNS))
+    tests = {final.trial: final for final in reversed(finals) if final.fit_on == "train"}
+    fixed = spec.recipe.model_dump(include={*COLUMNS, "schedule"})
 
     def row(record: TrialRecord, published: Published | None) -> ReportRow:
+        test = tests.get(record.number)
         return ReportRow(
             trial=record.number, state=record.state, baseline=record.baseline,
             params={**fixed, **record.params}, final_loss=finite(record.final_loss),
-            val_accuracy=record.value,
-            test_accuracy=tests.get(record.number), stop_reason=record.stop_reason, published=published,
+            val_accuracy=record.value, val_accuracy_flip=record.value_flip,
+            test_accuracy=test.test_accuracy if test else None,
+            test_accuracy_flip=test.test_accuracy_flip if test else None,
+            stop_reason=record.stop_reason, published=published,
         )  # fmt: skip
 
     rows, used = [], set()

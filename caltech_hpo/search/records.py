@@ -19,7 +19,8 @@ State = Literal["running", "complete", "pruned", "failed", "waiting"]
 
 
 class TrialRecord(Frozen):
-    """One trial. `value` is the best validation top-1 accuracy over its epochs, 0 to 1.
+    """One trial. `value` is the best validation top-1 accuracy over its epochs, 0 to 1; `value_flip`
+    that epoch's with test-time flip, where the recipe asks for it.
 
     `baseline` names the hand-tuned row that it repeats, or is empty; `epochs` are its curves.
     `final_loss` may be infinite or NaN.
@@ -31,6 +32,7 @@ class TrialRecord(Frozen):
     state: State
     params: dict[str, Any]
     value: float | None
+    value_flip: float | None = None
     best_epoch: int | None
     final_loss: float | None
     seconds: float
@@ -57,6 +59,7 @@ def trial_record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
         state=state,
         params=trial.params or system.get("fixed_params", {}),
         value=best.validation_top1 if best else None,
+        value_flip=best.validation_top1_flip if best else None,
         best_epoch=best.epoch if best else None,
         final_loss=epochs[-1].training_loss if epochs else None,
         seconds=sum(result.seconds for result in epochs),

@@ -15,7 +15,7 @@ from caltech_hpo.search.records import best_record, finished_count, trial_record
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import default_url, open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
-from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec
+from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Published
 from caltech_hpo.study_files import complete_params, load_study
 
 BINDING = Binding(classes=10, data="x", seed=0, precision="fp32")
@@ -178,6 +178,40 @@ def test_a_lagging_trial_is_pruned_after_the_warm_up(storage):
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert study.trials[1].user_attrs["epochs_run"] == 3
     assert study.trials[1].user_attrs["stop_reason"] == "lagging: median pruner at epoch 3"
+
+
+def test_a_row_with_published_figures_runs_to_its_end(storage):
+    """Pruned, it could not be compared; one that an earlier version pruned runs again."""
+    spec = SPEC.model_copy(
+        update={
+            "pruner": PrunerSpec(name="median", startup_trials=1, warmup_epochs=1),
+            "baselines": (
+                Baseline(name="good", params={"epochs": 8}),
+                Baseline(name="figures", params={"epochs": 8}, published=Published(validation=0.16)),
+                Baseline(name="words", params={"epochs": 8}, published=Published(outcome="diverges")),
+            ),
+        }
+    )
+
+    def script(job):
+        for number in range(1, job.recipe.epochs + 1):
+            yield EpochDone(job.number, epoch(number, 0.5 if job.number == 0 else 0.1))
+        yield Finished(job.number)
+
+    study, _ = supervise(storage, Scripted(script), 3, spec)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+
+
+def test_a_published_row_that_an_earlier_version_pruned_runs_again(storage):
+    row = Baseline(name="row", params={"epochs": 4}, published=Published(validation=0.16))
+    spec = SPEC.model_copy(update={"baselines": (row,)})
+    study, _ = supervise(storage, Scripted(), 1, spec, baselines=False)
+    pruned = optuna.trial.create_trial(
+        state=TrialState.PRUNED, user_attrs={"baseline": "row", "stop_reason": "lagging: median pruner"}
+    )
+    study.add_trial(pruned)
+    study, _ = supervise(storage, Scripted(), 4, spec)
+    assert [trial.user_attrs.get("baseline") for trial in study.trials] == [None, "row", "row", None]
 
 
 @pytest.mark.parametrize(("compare_at", "state"), [("epoch", "PRUNED"), ("fraction", "COMPLETE")])
