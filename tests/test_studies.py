@@ -195,7 +195,7 @@ def test_a_timm_model_is_fed_as_timm_evaluates_it(tmp_path):
     for name, extra, sizes in [
         ("mobilenetv3_small_050", "", (256, 224)),
         ("tf_efficientnet_b1", "", (272, 240)),
-        ("resnet26", "\ncrop = 160", (224, 160)),
+        ("resnet26", "\ncrop = 160", (256, 160)),
     ]:
         (tmp_path / "mine.toml").write_text(text.format(name + '"' + extra + "\n#"))
         recipe = with_own_sizes(read_study(tmp_path / "mine.toml")).recipe
