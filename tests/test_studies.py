@@ -190,16 +190,19 @@ def test_a_study_may_name_its_model(tmp_path):
     assert read_study(tmp_path / "mine.toml").recipe.architecture == "timm/resnet26"
 
 
-def test_a_timm_model_is_fed_as_timm_evaluates_it(tmp_path):
-    text = MINIMAL.replace('architecture = "resnet18"', 'architecture = "timm/{}"')
-    for name, extra, sizes in [
+@pytest.mark.parametrize(
+    ("name", "crop", "sizes"),
+    [
         ("mobilenetv3_small_050", "", (256, 224)),
         ("tf_efficientnet_b1", "", (272, 240)),
-        ("resnet26", "\ncrop = 160", (256, 160)),
-    ]:
-        (tmp_path / "mine.toml").write_text(text.format(name + '"' + extra + "\n#"))
-        recipe = with_own_sizes(read_study(tmp_path / "mine.toml")).recipe
-        assert (recipe.resize, recipe.crop) == sizes, name
+        ("resnet26", "crop = 160", (256, 160)),
+    ],
+)
+def test_a_timm_model_is_fed_as_timm_evaluates_it(tmp_path, name, crop, sizes):
+    text = MINIMAL.replace('architecture = "resnet18"', f'architecture = "timm/{name}"\n{crop}')
+    (tmp_path / "mine.toml").write_text(text)
+    recipe = with_own_sizes(read_study(tmp_path / "mine.toml")).recipe
+    assert (recipe.resize, recipe.crop) == sizes
 
 
 @pytest.mark.parametrize(
