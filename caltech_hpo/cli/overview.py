@@ -79,7 +79,11 @@ def _cells(one: StudySummary) -> list[str]:
         one.study,
         percent(published.validation) if published else "-",
         percent(published.test) if published else "-",
-        percent(one.ours_validation) if one.ours_validation is not None else one.ours_state,
+        percent(one.ours_validation)
+        if one.ours_validation is not None
+        else one.ours_state
+        if one.row
+        else "-",
         "not run" if not one.in_database else percent(one.best_validation),
         percent(one.confirmed.mean) if one.confirmed else "not run",
         percent(one.test.top1) if one.test else "not run",

@@ -108,8 +108,13 @@ def make_overview(place: Place) -> Overview:
 
 
 def page_order(declared: Sequence[str], stored: Sequence[str]) -> list[str]:
-    """The studies of the files, each followed by its NAME@K, then the other stored ones by name."""
-    bases = [*declared, *sorted({base_name(name) for name in stored} - set(declared))]
+    """The studies of the files, each followed by its NAME@K, then the other stored ones by name.
+
+    What has run comes before what has not.
+    """
+    ran = {base_name(name) for name in stored}
+    bases = [*declared, *sorted(ran - set(declared))]
+    bases.sort(key=lambda base: base not in ran)
     known = [*declared, *(name for name in stored if name not in declared)]
     return [
         name

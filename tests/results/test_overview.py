@@ -108,6 +108,7 @@ def test_each_study_stands_in_its_place():
     stored = ["a", "demo@10", "demo@2", "gone", "gone@2", "b@x", "demo"]
     found = page_order(declared, stored)
     assert found == ["a", "b", "b@x", "demo", "demo@2", "demo@10", "gone", "gone@2"]
+    assert page_order(["a", "b"], ["b@2"]) == ["b", "b@2", "a"]  # what has run comes first
 
 
 @pytest.mark.parametrize(
