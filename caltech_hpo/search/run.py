@@ -106,7 +106,7 @@ def _run(
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.records import trial_records
-    from caltech_hpo.search.space import Binding
+    from caltech_hpo.search.space import Binding, most_demanding
     from caltech_hpo.search.supervisor import Supervisor
 
     data = load_search_data(
@@ -117,7 +117,7 @@ def _run(
     workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
     with open_executor(
-        spec.recipe, data, device=request.device, workers=workers, features=place.features
+        most_demanding(spec), data, device=request.device, workers=workers, features=place.features
     ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,

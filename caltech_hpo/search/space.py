@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.ranges import Choices, Dimension, IntRange
-from caltech_hpo.spec import Precision, Recipe, StudySpec
+from caltech_hpo.spec import Hyperparameters, Precision, Recipe, StudySpec
 
 if TYPE_CHECKING:
     import optuna
@@ -43,6 +43,22 @@ def _suggest_one(trial: optuna.Trial, name: str, dimension: Dimension) -> Any:
     if isinstance(dimension, IntRange):
         return trial.suggest_int(name, dimension.low, dimension.high, step=dimension.step)
     return trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+
+
+def most_demanding(spec: StudySpec) -> Hyperparameters:
+    """The study's fixed values with what asks most of a model: a worker builds it before the first trial.
+
+    Only the model knows how many blocks it has, and whether there is a place for dropout.
+    """
+    asked: dict[str, Any] = {}
+    blocks, dropout = spec.space.get("frozen_blocks"), spec.space.get("dropout")
+    if isinstance(blocks, IntRange):
+        asked["frozen_blocks"] = blocks.high
+    elif isinstance(blocks, Choices):
+        asked["frozen_blocks"] = max(int(choice) for choice in blocks.choices)
+    if dropout is not None:
+        asked["dropout"] = 0.0
+    return spec.recipe.model_copy(update=asked)
 
 
 def recipe_for(spec: StudySpec, params: dict[str, Any], binding: Binding) -> Recipe:

@@ -50,15 +50,32 @@ VIEWS = """augmentation = { choices = ["center_crop", "center_crop_flip"] }
 """
 
 
-def answer(*arguments, cwd):
-    """The JSON document of a command that must succeed, and its messages."""
+def call(*arguments, cwd):
+    """Runs the command; returns the finished process."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
-    done = subprocess.run(
-        [COMMAND, *map(str, arguments), "--json"], cwd=cwd, env=kept | {"NO_COLOR": "1"}, timeout=240,
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)], cwd=cwd, env=kept | {"NO_COLOR": "1"}, timeout=240,
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def answer(*arguments, cwd):
+    """The JSON document of a command that must succeed."""
+    done = call(*arguments, "--json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_more_frozen_blocks_than_there_are_is_refused_before_the_first_trial(tmp_path):
+    write_folders(tmp_path / "images", images=6)
+    (tmp_path / "studies").mkdir()
+    text = STUDY.format(
+        architecture="timm/mobilenetv3_small_050", freeze="none", more="frozen_blocks = { low = 0, high = 9 }"
+    )
+    (tmp_path / "studies" / "mine.toml").write_text(text)
+    done = call("search", "--study", "mine", "--trials", 1, "--data", "images", cwd=tmp_path)
+    assert done.returncode == 2 and "has 7 blocks" in done.stderr
+    assert "trial 0" not in done.stderr
 
 
 @pytest.mark.parametrize(
