@@ -1,0 +1,68 @@
+"""Every hand-tuned row that needs ImageNet weights runs, on weights that the test makes.
+
+They lie where torchvision puts the files that it fetches, in its layout: what a user without a network
+does by hand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import write_folders
+from torchvision import models
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.search.executors import InlineExecutor
+from caltech_hpo.search.messages import EpochDone, Finished, Job, WorkerConfig, Working
+from caltech_hpo.search.space import Binding, recipe_for
+from caltech_hpo.study_files import complete_params, load_study
+from caltech_hpo.training.models import imagenet_file
+
+STUDIES = {
+    "alexnet": ["alexnet-transfer", "alexnet-freeze", "alexnet-augment"],
+    "resnet18": ["resnet18-transfer"],
+    "vgg16": ["vgg16-transfer"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return load_search_data(scan(write_folders(folder / "images")), 256, folder / "cache")
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def architecture(request, tmp_path_factory):
+    """An architecture whose weights are in torchvision's cache; they are deleted afterwards."""
+    hub = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.hub, "_hub_dir", str(hub))
+        path, _ = imagenet_file(request.param)
+        path.parent.mkdir(parents=True)
+        torch.save(models.get_model(request.param, weights=None).state_dict(), path)
+        yield request.param
+        path.unlink()
+
+
+def test_every_row_trains(architecture, data, tmp_path):
+    for name in STUDIES[architecture]:
+        spec = load_study(name)
+        assert spec.recipe.weights == "imagenet" and spec.baselines
+        executor = InlineExecutor(WorkerConfig(data, "cpu", None, spec.recipe, tmp_path / "features"))
+        binding = Binding(classes=3, data=data.fingerprint, seed=0, precision=executor.ready.precision)
+        for number, row in enumerate(spec.baselines):
+            recipe = recipe_for(spec, complete_params(spec, row.params), binding)
+            executor.submit(Job(number, recipe.model_copy(update={"epochs": 1})))
+            events = []
+            while not events or not isinstance(events[-1], Finished):
+                events.append(executor.next_event())
+                if isinstance(events[-1], EpochDone):
+                    executor.answer(number, True)
+            (epoch,) = [event.result for event in events if isinstance(event, EpochDone)]
+            assert math.isfinite(epoch.training_loss) and epoch.images == 9, row.name
+            kept = any(isinstance(event, Working) for event in events)
+            assert kept == (recipe.freeze == "features"), row.name  # the frozen part is computed once
+        executor.close()
