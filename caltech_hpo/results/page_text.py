@@ -151,6 +151,7 @@ def row_table(study: StudyOverview) -> Table:
     labels = [SHORT.get(name, name) for name in names]
     same = tuple((name, cells[0][name]) for name in labels if len({row[name] for row in cells}) == 1)
     left_out = {name for name, _ in same}
+    same = tuple((name, text) for name, text in same if text != NOTHING)
     left_out |= {name for name in OPTIONAL if all(row[name] == NOTHING for row in cells)}
     columns = tuple(name for name in cells[0] if name not in left_out) if cells else ()
     return Table(columns, tuple(tuple(row[name] for name in columns) for row in cells), same)
@@ -179,6 +180,7 @@ def _row_cells(row: ReportRow, names: Sequence[str], best: int | None) -> dict[s
 def _params(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     texts = {}
     for name in names:
-        value = params.get(name, NOTHING)
+        unused = name == "step_size" and params.get("schedule", "step") != "step"
+        value = NOTHING if unused else params.get(name, NOTHING)
         texts[SHORT.get(name, name)] = f"{value:.3g}" if isinstance(value, float) else str(value)
     return texts
