@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.data.batches import BatchPlan
 from caltech_hpo.data.cache import LabeledImages, sync_folder
+from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Precision, Recipe
 from caltech_hpo.training.device import autocast
 from caltech_hpo.training.sources import FeatureSource, ImageSource
@@ -62,7 +63,8 @@ def feature_source(
 ) -> Iterator[Step | FeatureSource | None]:  # fmt: skip
     """Opens the stored features of a split, computing what is missing; yields steps, then the source.
 
-    The last item is None where the features would be too large to keep.
+    The last item is None where the features would be too large to keep. Raises DataError where they
+    cannot be written.
     """
     state = state_digest(prefix)
     opened: list[Tensor] = []
@@ -140,6 +142,11 @@ def _compute(
                 os.fsync(out.fileno())
             temporary.replace(file)
             sync_folder(folder)
+        except OSError as error:
+            raise DataError(
+                f"{temporary}: features cannot be kept: {error.strerror}",
+                "make room, check permissions, or give another --home",
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from helpers import write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training import features as features_module
 from caltech_hpo.training.checkpoint import load_weights, save_weights
@@ -154,6 +158,16 @@ def test_an_interrupted_computation_leaves_nothing(data, tmp_path):
     preparing.close()
     assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.tmp"))
     assert len(run(recipe(epochs=1), data, tmp_path)[1]) == 1
+
+
+def test_a_full_disk_is_an_error_that_says_so(data, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(features_module.os, "fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        run(recipe(), data, tmp_path)
+    assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_damaged_file_is_made_again(data, tmp_path):
