@@ -6,40 +6,24 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
 from caltech_hpo.ranges import Choices, Dimension, IntRange
 from caltech_hpo.ranges import Frozen as Frozen
-
-# Every architecture and how many blocks `frozen_blocks` counts in it: AlexNet's convolutions, VGG's and
-# ResNet's stages (ResNet's stem is one), EfficientNet's stem, stages and last convolution.
-BLOCKS = {
-    "alexnet": 5, "resnet18": 5, "resnet34": 5, "resnet50": 5, "vgg16": 5, "vgg16_bn": 5,
-    "efficientnet_lite0": 9,
-}  # fmt: skip
-TIMM = "timm/"  # and a model's name in timm
-
-
-def _known_architecture(name: str) -> str:
-    if name not in BLOCKS and not (name.startswith(TIMM) and len(name) > len(TIMM)):
-        raise ValueError(f"unknown; use one of {', '.join(BLOCKS)}, or {TIMM}NAME for a model of timm")
-    return name
-
-
-Architecture = Annotated[str, AfterValidator(_known_architecture)]
-Freeze = Literal["none", "features", "classifier"]
-AugmentationName = Literal[
-    "center_crop", "random_crop", "center_crop_flip", "random_crop_flip", "center_crop_rotation",
-    "random_resized_crop", "random_resized_crop_flip", "concat",
-]  # fmt: skip
-OptimizerName = Literal["sgd", "adamw"]
-ScheduleName = Literal["step", "cosine", "one_cycle"]
-Precision = Literal["auto", "bf16", "fp32"]
-FitOn = Literal["train", "train+val"]
-
-# The smallest input whose feature map is not empty; AlexNet's three poolings need 63 pixels.
-SMALLEST_CROP: dict[str, int] = {"alexnet": 63}
-DEFAULT_SMALLEST_CROP = 32
+from caltech_hpo.terms import (
+    BLOCKS,
+    DEFAULT_SMALLEST_CROP,
+    SMALLEST_CROP,
+    TIMM,
+    Alpha,
+    Architecture,
+    AugmentationName,
+    FitOn,
+    Freeze,
+    OptimizerName,
+    Precision,
+    ScheduleName,
+)
 
 
 class Hyperparameters(Frozen):
@@ -78,8 +62,8 @@ class Hyperparameters(Frozen):
     schedule: ScheduleName = "step"
     warmup: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
     label_smoothing: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
-    mixup: Annotated[FiniteFloat, Field(ge=0)] = 0.0
-    cutmix: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    mixup: Alpha = 0.0
+    cutmix: Alpha = 0.0
     erasing: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
     color_jitter: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
     smallest_area: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.08
@@ -91,7 +75,9 @@ class Hyperparameters(Frozen):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Hyperparameters:
-        if self.crop > self.resize:
+        # what a study leaves out of a timm model's sizes is filled in later, with timm's own
+        given = {"crop", "resize"} & self.model_fields_set
+        if self.crop > self.resize and (len(given) == 2 or not self.architecture.startswith(TIMM)):
             raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
         smallest = SMALLEST_CROP.get(self.architecture, DEFAULT_SMALLEST_CROP)
         if self.crop < smallest:

@@ -34,7 +34,7 @@ def combination_problems(recipe: Hyperparameters, space: dict[str, Dimension]) -
     for values in itertools.product(*ends.values()):
         point = dict(zip(ends, values, strict=True))
         try:
-            Hyperparameters.model_validate({**recipe.model_dump(), **point})
+            Hyperparameters.model_validate({**recipe.model_dump(exclude_unset=True), **point})
         except ValidationError as error:
             shown = ", ".join(f"{name} = {value}" for name, value in point.items())
             problems.extend(describe(error, f"space ({shown})"))

@@ -13,7 +13,7 @@ import caltech_hpo
 
 PACKAGE = Path(caltech_hpo.__file__).parent
 ROOMS = ("data", "training", "search", "results", "cli")
-SHARED = {"spec", "ranges", "errors", "study_files", "study_checks", "__init__"}
+SHARED = {"spec", "ranges", "terms", "errors", "study_files", "study_checks", "__init__"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "studies" not in path.parts)
 
 

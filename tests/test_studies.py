@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -196,6 +198,7 @@ def test_a_study_may_name_its_model(tmp_path):
         ("mobilenetv3_small_050", "", (256, 224)),
         ("tf_efficientnet_b1", "", (272, 240)),
         ("resnet26", "crop = 160", (256, 160)),
+        ("tf_efficientnet_b4", "crop = 320", (412, 320)),
     ],
 )
 def test_a_timm_model_is_fed_as_timm_evaluates_it(tmp_path, name, crop, sizes):
@@ -220,3 +223,20 @@ def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
     (tmp_path / "mine.toml").write_text(MINIMAL + space)
     with pytest.raises(SpecError, match=word):
         read_study(tmp_path / "mine.toml")
+
+
+def test_sizes_that_do_not_fit_timms_own_are_refused(tmp_path):
+    text = MINIMAL.replace('architecture = "resnet18"', 'architecture = "timm/resnet50"\ncrop = 240')
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(SpecError, match="crop 240 is larger than resize 235"):
+        with_own_sizes(read_study(tmp_path / "mine.toml"))
+
+
+def test_the_readmes_example_is_a_study(tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    (text,) = re.findall(r"```toml\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text)
+    spec = read_study(tmp_path / "mine.toml")
+    assert spec.recipe == Hyperparameters(architecture="resnet18"), "not the defaults that it says it shows"
+    named = set(re.findall(r"^#? ?(\w+) = ", text.split("[space]")[0], flags=re.MULTILINE))
+    assert set(Hyperparameters.model_fields) - named <= {"learning_rate", "epochs", "step_size", "precision"}

@@ -23,8 +23,9 @@ from caltech_hpo.cli.options import (
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
 from caltech_hpo.errors import DataError, UsageError, WeightsError
-from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP
+from caltech_hpo.search.request import with_own_sizes
 from caltech_hpo.study_files import base_name, load_study, study_files
+from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -169,7 +170,7 @@ def models(
     from caltech_hpo.training.architectures import ARCHITECTURES
     from caltech_hpo.training.summary import summarize
 
-    crop = load_study(study).recipe.crop if study else crop
+    crop = with_own_sizes(load_study(study)).recipe.crop if study else crop
     fitting = [name for name in ARCHITECTURES if crop >= SMALLEST_CROP.get(name, DEFAULT_SMALLEST_CROP)]
     rows = []
     for name in fitting:
@@ -183,7 +184,10 @@ def models(
 @models_app.command("show")
 def models_show(
     name: Annotated[str, typer.Argument(help="Architecture.")],
-    crop: Annotated[int, typer.Option(min=32, max=2048, help="Input side in pixels.")] = 224,
+    crop: Annotated[
+        int | None,
+        typer.Option(min=32, max=2048, help="Input side in pixels.", show_default="224, or timm's own"),
+    ] = None,
     classes: Annotated[int, typer.Option(min=2, help="Outputs of the new head.")] = 101,
     as_json: Json = False,
 ) -> None:
@@ -192,8 +196,11 @@ def models_show(
     Example: caltech-hpo models show resnet18
     """
     from caltech_hpo.training.summary import meta_model, require_architecture, summarize
+    from caltech_hpo.training.timm_models import timm_sizes
 
     require_architecture(name)
+    if crop is None:
+        crop = timm_sizes(name)[1] if name.startswith(TIMM) else 224
     structure = str(meta_model(name, classes))
     document = {**asdict(summarize(name, crop=crop, classes=classes)), "structure": structure}
     answer(document, as_json, structure)

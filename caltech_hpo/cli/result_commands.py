@@ -97,7 +97,7 @@ def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: b
     from caltech_hpo.results.seeds import over_seeds
 
     first, folders = plans[0], [plan.folder for plan in plans]
-    uses = len(ledger.scores(first.place.storage, first.study))
+    uses = len(ledger.family_scores(first.place.storage, first.study))
     if len(results) == 1:
         text = final_text(results[0], first.choice, uses, folders[0])
         answer(results[0].model_dump(mode="json"), as_json, text)

@@ -115,7 +115,9 @@ def parse_params(texts: list[str]) -> tuple[dict[str, Any], ...]:
     return tuple(parsed)
 
 
-def _number_or_text(text: str) -> str | int | float:
+def _number_or_text(text: str) -> str | bool | int | float:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from caltech_hpo.spec import AugmentationName
+from caltech_hpo.terms import AugmentationName
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def erase_some(batch: Tensor, probability: float, generator: torch.Generator) ->
 def mix(
     batch: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mixes each image with another of the batch; labels (n,) become shares (n, classes) float32.
+    """Mixes each image with one drawn from the batch; labels (n,) become shares (n, classes) float32.
 
     Mixup (Zhang et al. 2018, https://arxiv.org/abs/1710.09412) blends, CutMix (Yun et al. 2019,
     https://arxiv.org/abs/1905.04899) pastes a box; with both, half of the images go either way.
@@ -153,12 +153,16 @@ def mix(
 
 
 def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
-    """(count,) float32 draws from Beta(alpha, alpha); ones for alpha 0."""
+    """(count,) float32 draws from Beta(alpha, alpha); ones for alpha 0.
+
+    In double precision: small alphas make gammas that float32 cannot tell from 0.
+    """
     if not alpha:
         return torch.ones(count)
-    first, second = torch._standard_gamma(torch.full((2, count), alpha), generator=generator)
+    shapes = torch.full((2, count), alpha, dtype=torch.float64)
+    first, second = torch._standard_gamma(shapes, generator=generator)
     share: Tensor = first / (first + second)
-    return share
+    return share.float()
 
 
 def flip_some(batch: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:

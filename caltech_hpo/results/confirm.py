@@ -103,10 +103,21 @@ def _ranking(storage: RDBStorage, study: str) -> Confirmation | None:
     return None
 
 
-def fresh_seeds(records: Sequence[TrialRecord], count: int) -> tuple[int, ...]:
-    """`count` seeds in a row that no trial was searched with: those after the highest one."""
-    used = max((record.recipe.seed for record in records if record.recipe is not None), default=0)
-    return tuple((used + i) % SEEDS for i in range(1, count + 1))
+def fresh_seeds(
+    records: Sequence[TrialRecord], count: int, earlier: Sequence[int] = ()
+) -> tuple[int, ...]:  # fmt: skip
+    """`count` seeds that no trial was searched with: an earlier confirm's first, then those after them.
+
+    Without an earlier one: the seeds after the highest of a trial.
+    """
+    searched = {record.recipe.seed for record in records if record.recipe is not None}
+    seeds = [seed for seed in earlier if seed not in searched][:count]
+    following = max([*seeds, *searched], default=0)
+    while len(seeds) < count:
+        following = (following + 1) % SEEDS
+        if following not in searched and following not in seeds:
+            seeds.append(following)
+    return tuple(seeds)
 
 
 @contextlib.contextmanager
@@ -129,10 +140,11 @@ def open_confirm(
         )
     if len(chosen) < finalists:
         say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
-    numbers = fresh_seeds(records, seeds)
     recipes = {record.number: record.recipe for record in records}
     with held(lock_path(place.storage, place.home, f"confirm-{name}"), f"confirm of study '{name}'"):
         storage = open_storage(place.storage)
+        before = requests(storage, name)
+        numbers = fresh_seeds(records, seeds, before[0].seeds if before else ())
         done = {run.recipe_hash for run in runs(storage, name)}
         trainings = [
             Training(one.trial, seeded(recipe, seed))

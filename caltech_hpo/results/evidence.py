@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
-from caltech_hpo.results.ledger import FinalResult
-from caltech_hpo.spec import FitOn, Frozen
+from caltech_hpo.results.ledger import FinalResult, ScoreRow
+from caltech_hpo.results.plan import final_recipe
+from caltech_hpo.spec import Frozen
+from caltech_hpo.terms import FitOn
 
 if TYPE_CHECKING:
     import optuna
 
+    from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.search.request import Place
 
 
@@ -29,6 +32,7 @@ class FinalScore(Frozen):
     """
 
     trial: int
+    configuration: str
     fit_on: FitOn
     seeds: int
     top1: float
@@ -44,37 +48,56 @@ class Confirmed(Frozen):
     """
 
     trial: int
+    configuration: str
     seeds: int
     mean: float
     low: float | None
     high: float | None
 
 
-def final_results(study: optuna.Study, place: Place) -> tuple[FinalResult, ...]:
+def test_scores(study: optuna.Study, place: Place) -> tuple[ScoreRow, ...]:
     """Every use of the test set for a study, in the order of time."""
-    return tuple(row.result for row in ledger.scores(place.storage, study.study_name))
+    return tuple(ledger.scores(place.storage, study.study_name))
 
 
-def confirmation(study: optuna.Study, place: Place) -> Confirmed | None:
-    """The confirmed winner; None while no finalist was trained again."""
+def test_uses(study: optuna.Study, place: Place) -> int:
+    """How often the test set was used for the study and its NAME@K."""
+    return len(ledger.family_scores(place.storage, study.study_name))
+
+
+def known_configurations(records: Sequence[TrialRecord]) -> set[str]:
+    """What the trials are or become when `final` fits them on the validation images too."""
+    found = set()
+    for record in records:
+        if record.recipe is not None:
+            found.add(record.recipe.configuration)
+            if record.best_epoch is not None:
+                found.add(final_recipe(record, "train+val").configuration)
+    return found
+
+
+def confirmation(study: optuna.Study, records: Sequence[TrialRecord], place: Place) -> Confirmed | None:
+    """The confirmed winner; None while no finalist of this study was trained again."""
     made = confirmed(place.storage, study.study_name)
-    if made is None:
+    known = {record.recipe.configuration for record in records if record.recipe}
+    if made is None or made.winner.configuration not in known:  # of a study that was deleted
         return None
     low, high = made.winner.ci95 or (None, None)
     return Confirmed(
-        trial=made.winner.trial, seeds=len(made.seeds), mean=made.winner.mean, low=low, high=high
-    )
+        trial=made.winner.trial, configuration=made.winner.configuration, seeds=len(made.seeds),
+        mean=made.winner.mean, low=low, high=high,
+    )  # fmt: skip
 
 
-def by_configuration(results: Sequence[FinalResult]) -> tuple[FinalScore, ...]:
-    """The results by configuration, several seeds as one, in the order of their first."""
-    groups: dict[tuple[int, FitOn], list[FinalResult]] = {}
-    for result in results:
-        groups.setdefault((result.trial, result.fit_on), []).append(result)
-    return tuple(_over_seeds(group) for group in groups.values())
+def by_configuration(rows: Sequence[ScoreRow]) -> tuple[FinalScore, ...]:
+    """The scores by configuration, several seeds as one, in the order of their first."""
+    groups: dict[str, list[FinalResult]] = {}
+    for row in rows:
+        groups.setdefault(row.configuration, []).append(row.result)
+    return tuple(_over_seeds(configuration, group) for configuration, group in groups.items())
 
 
-def _over_seeds(group: Sequence[FinalResult]) -> FinalScore:
+def _over_seeds(configuration: str, group: Sequence[FinalResult]) -> FinalScore:
     scores = [result.test_accuracy for result in group]
     mean, (low, high) = statistics.fmean(scores), group[0].ci95
     if len(group) > 1:
@@ -83,7 +106,8 @@ def _over_seeds(group: Sequence[FinalResult]) -> FinalScore:
         half = float(stats.t.ppf(0.975, len(group) - 1)) * statistics.stdev(scores) / math.sqrt(len(group))
         low, high = mean - half, mean + half
     return FinalScore(
-        trial=group[0].trial, fit_on=group[0].fit_on, seeds=len(group), top1=mean,
+        trial=group[0].trial, configuration=configuration, fit_on=group[0].fit_on, seeds=len(group),
+        top1=mean,
         mean_per_class=statistics.fmean(result.test_mean_per_class_accuracy for result in group),
         low=low, high=high,
     )  # fmt: skip

@@ -46,7 +46,8 @@ def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
         rows = ledger.scores(plan.place.storage, plan.study)
         stored = stored_score(rows, plan.recipe)
         if stored is None:
-            check_again(plan.study, rows, plan.record.number, plan.recipe.configuration, plan.again)
+            family = ledger.family_scores(plan.place.storage, plan.study)
+            check_again(plan.study, family, plan.record.number, plan.recipe.configuration, plan.again)
         yield stored
 
 

@@ -34,7 +34,9 @@ from sqlalchemy.schema import CreateTable
 
 from caltech_hpo.data.dataset import Sample
 from caltech_hpo.search.storage import open_existing, open_storage
-from caltech_hpo.spec import FitOn, Frozen
+from caltech_hpo.spec import Frozen
+from caltech_hpo.study_files import base_name
+from caltech_hpo.terms import FitOn
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -141,6 +143,11 @@ def scores(url: str, study: str | None = None) -> list[ScoreRow]:
     """
     storage = open_existing(url)
     return [] if storage is None else _read(storage, study)
+
+
+def family_scores(url: str, study: str) -> list[ScoreRow]:
+    """As `scores`, of all studies with the same base name: NAME@2 repeats NAME, on the same test images."""
+    return [row for row in scores(url) if base_name(row.study) == base_name(study)]
 
 
 def record(url: str, row: ScoreRow) -> ScoreRow:

@@ -32,11 +32,13 @@ def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes and syncs; the folder around it is renamed into place afterwards."""
-    with path.open("w", encoding="utf-8") as file:
+    """Writes the file whole: temporary file, sync, rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def publish(folder: Path, target: Path) -> None:

@@ -16,7 +16,9 @@ from caltech_hpo.results.evidence import (
     FinalScore,
     by_configuration,
     confirmation,
-    final_results,
+    known_configurations,
+    test_scores,
+    test_uses,
 )
 from caltech_hpo.results.report import NOT_RUN, ReportRow, report_rows
 from caltech_hpo.search.changes import SPEC_ATTR, study_spec
@@ -113,7 +115,7 @@ def page_order(declared: Sequence[str], stored: Sequence[str]) -> list[str]:
     What has run comes before what has not.
     """
     ran = {base_name(name) for name in stored}
-    bases = [*declared, *sorted(ran - set(declared))]
+    bases = list(dict.fromkeys([*(base_name(name) for name in declared), *sorted(ran)]))
     bases.sort(key=lambda base: base not in ran)
     known = [*declared, *(name for name in stored if name not in declared)]
     return [
@@ -130,29 +132,29 @@ def _repetition(name: str) -> tuple[int, str]:
 
 def _declared(spec: StudySpec) -> StudyOverview:
     """A study that the database does not hold."""
-    return StudyOverview(
-        summarize(spec.name, spec, (), in_database=False), spec, rows=report_rows(spec, (), ())
-    )  # fmt: skip
+    rows = report_rows(spec, (), ())
+    return StudyOverview(summarize(spec.name, spec, (), rows, in_database=False), spec, rows=rows)
 
 
 def _stored(study: optuna.Study, place: Place) -> StudyOverview:
     spec, records = study_spec(study), trial_records(study)
     if SPEC_ATTR not in study.user_attrs and records:
         raise CaltechHpoError("was not made by caltech-hpo")
-    finals = final_results(study, place)
+    taken = test_scores(study, place)
+    rows = report_rows(spec, records, taken)
     trials = study.get_trials(deepcopy=False)
     began = [trial.datetime_start for trial in trials if trial.datetime_start]
     ended = [trial.datetime_complete for trial in trials if trial.datetime_complete]
     versions = [trial.user_attrs.get("versions", {}) for trial in trials]
-    scores = by_configuration(finals)
+    scores = by_configuration(taken)
     return StudyOverview(
         summary=summarize(
-            study.study_name, spec, records, scores=scores, uses=len(finals),
-            confirmed=confirmation(study, place),
+            study.study_name, spec, records, rows, scores=scores, uses=test_uses(study, place),
+            confirmed=confirmation(study, records, place),
         ),
         spec=spec,
         records=tuple(records),
-        rows=report_rows(spec, records, finals),
+        rows=rows,
         scores=scores,
         importance=importances(spec, records),
         versions=tuple(sorted({f"{name} {number}" for found in versions for name, number in found.items()})),
@@ -162,17 +164,23 @@ def _stored(study: optuna.Study, place: Place) -> StudyOverview:
 
 
 def summarize(
-    name: str, spec: StudySpec, records: Sequence[TrialRecord], *, in_database: bool = True,
+    name: str, spec: StudySpec, records: Sequence[TrialRecord], rows: Sequence[ReportRow], *,
+    in_database: bool = True,
     scores: Sequence[FinalScore] = (), uses: int = 0, confirmed: Confirmed | None = None,
 ) -> StudySummary:  # fmt: skip
     """The study on one line."""
     row = reference_row(spec)
-    # report_rows chooses among several runs of a row; without scores, for only the state is asked here.
-    ours = next((one for one in report_rows(spec, records, ()) if row and one.baseline == row.name), None)
-    tests = {score.trial: score.top1 for score in reversed(scores) if score.fit_on == "train"}
+    ours = next((one for one in rows if row and one.baseline == row.name), None)
+    tests = {score.configuration: score for score in scores}
     best = best_record(list(records))
     states = {state: sum(record.state == state for record in records) for state in ("complete", "pruned")}
-    of_best = [score for score in scores if best is not None and score.trial == best.number]
+    # The score that counts: the confirmed winner's, else the best trial's, else the last one taken of a
+    # configuration that is still there.
+    winners = [confirmed.configuration] if confirmed else []
+    winners += [best.recipe.configuration] if best and best.recipe else []
+    counted = [tests[one] for one in winners if one in tests]
+    there = known_configurations(records)
+    counted += [score for score in reversed(scores) if score.configuration in there]
     return StudySummary(
         study=name,
         in_database=in_database,
@@ -181,11 +189,11 @@ def summarize(
         ours_trial=ours.trial if ours else None,
         ours_state=ours.state if ours else NOT_RUN,
         ours_validation=ours.val_accuracy if ours else None,
-        ours_test=tests.get(ours.trial) if ours and ours.trial is not None else None,
+        ours_test=ours.test_accuracy if ours else None,
         best_trial=best.number if best else None,
         best_validation=best.value if best else None,
         confirmed=confirmed,
-        test=of_best[0] if of_best else scores[-1] if scores else None,
+        test=counted[0] if counted else None,
         test_uses=uses,
         seeds=len({record.recipe.seed for record in records if record.recipe}),
         failed=sum(record.state == "failed" for record in records),

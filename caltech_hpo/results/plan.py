@@ -19,7 +19,8 @@ from caltech_hpo.results.trainings import searched_data, seeded
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.storage import stored_study
-from caltech_hpo.spec import FitOn, Recipe
+from caltech_hpo.spec import Recipe
+from caltech_hpo.terms import FitOn
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def plan_finals(
     stored = [stored_score(rows, recipe) for recipe in recipes]
     index = None
     if None in stored:
-        check_again(name, rows, record.number, recipes[0].configuration, reason)
+        family = ledger.family_scores(place.storage, name)
+        check_again(name, family, record.number, recipes[0].configuration, reason)
         index = searched_data(study, place, progress=progress, say=say)
     return [
         FinalPlan(name, record, choice, recipe, folder, score, index, place, reason)
@@ -148,7 +150,8 @@ def check_again(
         return
     last = rows[-1]
     raise UsageError(
-        f"the test set of study '{name}' was used before, on another configuration: trial {last.trial}, "
+        f"the test set of study '{name}' was used before, on another configuration: trial {last.trial} of "
+        f"{last.study}, "
         f"fitted on {last.fit_on}, top-1 {last.top1:.4f}, {last.taken_at}. Choosing between scores "
         "makes a test set a second validation set",
         f'to score trial {trial} all the same, say why; every report will show it: --again "reason"',
@@ -172,7 +175,10 @@ def read_score(folder: Path, name: str, record: TrialRecord) -> ScoreRow | None:
     metrics = folder / "metrics.json"
     if not metrics.is_file():
         return None
-    document: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
+    try:
+        document: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
+    except ValueError:  # an old version's, ended in mid-write
+        return None
     if "score" not in document:
         return ledger.old_row(name, FinalResult.model_validate(document["result"]), record)
     return ScoreRow.model_validate({**document["score"], "result": document["result"]})

@@ -190,7 +190,7 @@ def _run(spec: StudySpec, records: Sequence[TrialRecord]) -> list[_Ended]:
 
 
 def _pruned_at(trial: optuna.Trial, record: TrialRecord, declared: PrunerSpec, *, exempt: bool) -> int | None:
-    """The epoch at which the pruner ends the trial, exactly as the supervisor would ask it.
+    """The epoch at which the pruner ends the trial, asked as by the supervisor of one worker.
 
     A trial that lagged is asked in its last stored epoch too, so that the pruner which ended it does so
     again; one that diverged there is not.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from caltech_hpo.results import ledger
 from caltech_hpo.results.analysis import Importance, importances
-from caltech_hpo.results.ledger import FinalResult
+from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import SPEC_ATTR
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
@@ -25,8 +26,9 @@ COLUMNS = ("learning_rate", "epochs", "step_size", "freeze", "augmentation", "ba
 class ReportRow(Frozen):
     """One training: ours, and what was published for the same values (None: nothing was).
 
-    `trial` is None for a baseline that has not run. `test` is its test accuracy, where `final`
-    scored it; those with `_flip` are over each image and its mirror image. Accuracies are 0 to 1.
+    `trial` is None for a baseline that has not run. `test_accuracy` is where `final` scored it, the
+    mean over `test_seeds` trainings; those with `_flip` are over each image and its mirror image.
+    Accuracies are 0 to 1.
     """
 
     trial: int | None
@@ -38,6 +40,7 @@ class ReportRow(Frozen):
     test_accuracy: float | None
     val_accuracy_flip: float | None = None
     test_accuracy_flip: float | None = None
+    test_seeds: int = 0
     stop_reason: str
     published: Published | None
 
@@ -64,7 +67,7 @@ def make_report(name: str, place: Place) -> Report:
     attrs = study.user_attrs
     spec = StudySpec.model_validate_json(attrs[SPEC_ATTR]) if SPEC_ATTR in attrs else load_study(name)
     records = trial_records(study)
-    scores = ledger.scores(place.storage, name)
+    scores, family = ledger.scores(place.storage, name), ledger.family_scores(place.storage, name)
     finals = tuple(score.result for score in scores)
     best = best_record(records)
     curves = None
@@ -74,32 +77,39 @@ def make_report(name: str, place: Place) -> Report:
             curves = str(draw_study_curves(records, f"study {name}", path))
     return Report(
         study=name,
-        rows=report_rows(spec, records, finals),
+        rows=report_rows(spec, records, scores),
         best=best.number if best else None,
         finals=finals,
         curves=curves,
         importance=importances(spec, records),
-        test_uses=len(scores),
-        test_reasons=tuple(dict.fromkeys(score.reason for score in scores if score.reason)),
+        test_uses=len(family),
+        test_reasons=tuple(dict.fromkeys(score.reason for score in family if score.reason)),
     )
 
 
 def report_rows(
-    spec: StudySpec, records: Sequence[TrialRecord], finals: Sequence[FinalResult]
+    spec: StudySpec, records: Sequence[TrialRecord], scores: Sequence[ScoreRow]
 ) -> tuple[ReportRow, ...]:
-    """The baselines in the file's order (their latest run that counts), then the rest, best first."""
-    # Of several seeds the first: it is the one that the row's validation accuracy belongs to.
-    tests = {final.trial: final for final in reversed(finals) if final.fit_on == "train"}
+    """The baselines in the file's order (their latest run that counts), then the rest, best first.
+
+    A test score belongs to the trials of its configuration: numbers are given again when a study is
+    deleted and searched anew.
+    """
+    tests: dict[str, list[FinalResult]] = {}
+    for score in scores:
+        if score.fit_on == "train":
+            tests.setdefault(score.configuration, []).append(score.result)
     fixed = spec.recipe.model_dump(include={*COLUMNS, "schedule"})
 
     def row(record: TrialRecord, published: Published | None) -> ReportRow:
-        test = tests.get(record.number)
+        found = tests.get(record.recipe.configuration, []) if record.recipe else []
+        flips = [result.test_accuracy_flip for result in found if result.test_accuracy_flip is not None]
         return ReportRow(
             trial=record.number, state=record.state, baseline=record.baseline,
             params={**fixed, **record.params}, final_loss=finite(record.final_loss),
             val_accuracy=record.value, val_accuracy_flip=record.value_flip,
-            test_accuracy=test.test_accuracy if test else None,
-            test_accuracy_flip=test.test_accuracy_flip if test else None,
+            test_accuracy=mean([result.test_accuracy for result in found]),
+            test_accuracy_flip=mean(flips), test_seeds=len(found),
             stop_reason=record.stop_reason, published=published,
         )  # fmt: skip
 
@@ -130,6 +140,11 @@ def report_rows(
     others = [record for record in records if record.number not in used and record.state != "waiting"]
     others.sort(key=lambda record: (record.state == "complete", record.value or 0.0), reverse=True)
     return (*rows, *(row(record, None) for record in others))
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, None of nothing."""
+    return statistics.fmean(values) if values else None
 
 
 def finite(value: float | None) -> float | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from caltech_hpo.results.ledger import FinalResult
 from caltech_hpo.results.scores import mean_interval
-from caltech_hpo.spec import FitOn, Frozen
+from caltech_hpo.spec import Frozen
+from caltech_hpo.terms import FitOn
 
 
 class SeedsResult(Frozen):

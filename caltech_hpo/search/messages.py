@@ -8,7 +8,8 @@ from typing import Literal
 
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.spec import EpochResult, Hyperparameters, Precision, Recipe
+from caltech_hpo.spec import EpochResult, Hyperparameters, Recipe
+from caltech_hpo.terms import Precision
 
 
 @dataclass(frozen=True)

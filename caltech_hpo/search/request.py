@@ -10,10 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import TIMM, Hyperparameters, Precision, StudySpec
+from caltech_hpo.errors import SpecError, UsageError, WeightsError
+from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_checks import describe
 from caltech_hpo.study_files import complete_params, load_study
+from caltech_hpo.terms import TIMM, Precision
 
 SMOKE_EPOCHS = 2
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
@@ -106,7 +107,14 @@ def with_own_sizes(spec: StudySpec) -> StudySpec:
 
     own = dict(zip(("resize", "crop"), timm_sizes(recipe.architecture), strict=True))
     missing = {name: size for name, size in own.items() if name not in recipe.model_fields_set}
-    changed = Hyperparameters.model_validate({**recipe.model_dump(), **missing})
+    try:
+        changed = Hyperparameters.model_validate({**recipe.model_dump(), **missing})
+    except ValidationError as error:
+        sizes = f"timm evaluates it with resize {own['resize']}, crop {own['crop']}"
+        problems = "; ".join(describe(error, "recipe"))
+        raise SpecError(
+            f"study '{spec.name}': {problems}", f"give recipe.resize and recipe.crop; {sizes}"
+        ) from error
     return spec.model_copy(update={"recipe": changed})
 
 

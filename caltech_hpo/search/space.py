@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.ranges import Choices, Dimension, IntRange
-from caltech_hpo.spec import Hyperparameters, Precision, Recipe, StudySpec
+from caltech_hpo.spec import Hyperparameters, Recipe, StudySpec
+from caltech_hpo.terms import Precision
 
 if TYPE_CHECKING:
     import optuna

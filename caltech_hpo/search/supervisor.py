@@ -194,11 +194,16 @@ class Supervisor:
             reason = f"worker died (exit code {event.exit_code})"
             self._give_back(number, running.baseline, reason)
         else:
-            reason = f"{event.kind}: {event.message.strip().splitlines()[-1]}"
+            # An error of ours says what happened in its first line, a traceback in its last.
+            reason = (
+                f"{event.kind}: {event.message.strip().splitlines()[0 if event.kind == 'refused' else -1]}"
+            )
             self._describe(running, reason)
             running.trial.study.tell(running.trial, state=TrialState.FAIL)
             if event.kind == "bug":
                 raise WorkerBugError(f"trial {number} failed:\n{event.message}")
+            if event.kind == "refused":
+                raise CaltechHpoError(f"trial {number} was refused: {event.message}")
         if self._failures >= FAILURES_IN_A_ROW:
             raise CaltechHpoError(
                 f"{self._failures} trials in a row failed; the last one: {reason}",

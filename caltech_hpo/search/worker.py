@@ -7,7 +7,7 @@ import signal
 import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from caltech_hpo.search.messages import (
 from caltech_hpo.training.checkpoint import save_weights
 from caltech_hpo.training.device import describe_device, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
+from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import train
-from caltech_hpo.training.models import apply_freeze, build_model, weights_sha256
+from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 
-PACKAGES = ("caltech-hpo", "torch", "torchvision", "optuna")
+PACKAGES = ("caltech-hpo", "torch", "torchvision", "timm", "optuna")
 JobEvent = Working | EpochDone | Finished | Failed
 # Between progress messages of one job, in parts of the whole.
 PROGRESS_STEPS = 50
@@ -48,6 +49,15 @@ class WorkerContext:
     ready: Ready
 
 
+def versions() -> dict[str, str]:
+    """The installed packages that decide what a training computes."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # timm is an extra
+            found[package] = version(package)
+    return found
+
+
 def open_worker(config: WorkerConfig) -> WorkerContext:
     """Opens device and data and reads the weights once. Raises CaltechHpoError."""
     if config.threads is not None:
@@ -59,11 +69,12 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         recipe.architecture, recipe.weights, len(data.classes), seed=0, dropout=recipe.dropout
     )
     apply_freeze(model, recipe)
+    check_input(model, recipe.architecture, recipe.crop)
     ready = Ready(
         device=describe_device(device),
         precision=resolve_precision("auto", device),
-        versions={package: version(package) for package in PACKAGES},
-        weights_sha256=weights_sha256(recipe.weights),
+        versions=versions(),
+        weights_sha256=weights_sha256(recipe.weights, recipe.architecture),
     )
     training = Split(((data.open_training(), data.training_cache.stem),))
     validation = Split(((data.open_validation(), data.validation_cache.stem),))

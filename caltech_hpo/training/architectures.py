@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from caltech_hpo.data.batches import HALF, IMAGENET, Normalization
-from caltech_hpo.spec import TIMM
+from caltech_hpo.terms import TIMM
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from caltech_hpo.errors import UsageError
-from caltech_hpo.spec import Precision
+from caltech_hpo.terms import Precision
 
 AMPERE = (8, 0)
 

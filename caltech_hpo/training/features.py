@@ -23,9 +23,11 @@ from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.data.batches import BatchPlan
 from caltech_hpo.data.cache import LabeledImages, sync_folder
 from caltech_hpo.errors import DataError
-from caltech_hpo.spec import Precision, Recipe
+from caltech_hpo.spec import Recipe
+from caltech_hpo.terms import Precision
 from caltech_hpo.training.device import autocast
 from caltech_hpo.training.sources import FeatureSource, ImageSource
+from caltech_hpo.training.timm_models import timm_version
 
 # Features of a view may take this much: about what its decoded pixels take. More is read from disk
 # more slowly than an early, cheap prefix computes it.
@@ -101,7 +103,7 @@ def feature_key(
     """24 hexadecimal digits over everything that decides the features of one view of one split."""
     decides = [
         state, pixels, view, recipe.crop, plan.normalization.mean, plan.normalization.std, precision,
-        plan.device.type, torch.__version__,
+        plan.device.type, torch.__version__, timm_version(recipe.architecture),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 

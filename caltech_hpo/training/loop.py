@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from caltech_hpo.spec import EpochResult, Precision, Recipe
+from caltech_hpo.spec import EpochResult, Recipe
+from caltech_hpo.terms import Precision
 from caltech_hpo.training.average import WeightAverage
 from caltech_hpo.training.device import autocast, resolve_precision
-from caltech_hpo.training.models import training_mode
+from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.optimizers import make_optimizer, make_schedule
 from caltech_hpo.training.prepare import Prepared, derive_seed
 from caltech_hpo.training.sources import Source
@@ -54,7 +55,7 @@ def train(recipe: Recipe, prepared: Prepared) -> Iterator[EpochResult]:
             draws=_generator(recipe.seed, "augmentation", epoch),
         )
         torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))  # dropout takes no generator
-        step = Step(optimizer, schedule, average, device, precision, recipe.label_smoothing)
+        step = Step(optimizer, schedule, average, device, precision, recipe.label_smoothing, prepared.prefix)
         training_loss = train_epoch(model, batches, step)
         if average:
             average.swap()
@@ -88,11 +89,12 @@ class Step:
     device: torch.device
     precision: Precision
     label_smoothing: float = 0.0
+    prefix: nn.Module | None = None
 
 
 def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], step: Step) -> float:
     """One pass of gradient steps; returns the mean loss over the images."""
-    training_mode(model)
+    training_mode(model, step.prefix)
     device = step.device
     total = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
     images = 0

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import TIMM, Hyperparameters
+from caltech_hpo.terms import TIMM
 from caltech_hpo.training.architectures import architecture_info
 from caltech_hpo.training.timm_models import (
     LITE0,
     create_timm_model,
     lite0_weights,
+    own_dropout,
     pretrained_timm_weights,
-    timm_groups,
 )
 
 NO_WEIGHTS = "none"
@@ -48,6 +48,8 @@ def build_model(
     if weights != NO_WEIGHTS:
         state, source = read_weights(architecture, weights)
         load_backbone(model, state, architecture_info(architecture).head, source)
+    if dropout is None and architecture.startswith(TIMM):
+        dropout = own_dropout(architecture) or None
     if dropout is not None:
         set_dropout(model, architecture, dropout)
     return model
@@ -62,6 +64,18 @@ def untrained(architecture: str, classes: int) -> nn.Module:
     # weights=None: nothing is fetched here; transform_input and aux heads are not involved.
     model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes)
     return model
+
+
+def check_input(model: nn.Module, architecture: str, crop: int) -> None:
+    """Raises UsageError if the model cannot take an image of `crop` pixels: some take one size only."""
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, crop, crop))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{architecture} does not take images of {crop} pixels: {reason}", "change recipe.crop"
+        ) from error
 
 
 def set_dropout(model: nn.Module, architecture: str, rate: float) -> None:
@@ -151,73 +165,23 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: str, source:
     model.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
-def weights_sha256(weights: str) -> str:
-    """SHA-256 of a weights file, for the recipe; empty for "none" and "imagenet" (torchvision pins those)."""
-    if weights in (NO_WEIGHTS, IMAGENET_WEIGHTS):
+def weights_sha256(weights: str, architecture: str) -> str:
+    """SHA-256 of what the weights hold, for the recipe.
+
+    Empty for "none", and for torchvision's "imagenet", whose file names carry a hash that is checked.
+    """
+    if weights == NO_WEIGHTS:
         return ""
+    if weights == IMAGENET_WEIGHTS:
+        if architecture != LITE0 and not architecture.startswith(TIMM):
+            return ""
+        total = hashlib.sha256()
+        for name, value in read_weights(architecture, weights)[0].items():
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
     path = Path(weights)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such weights file", "check --weights, or the study's file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def apply_freeze(model: nn.Module, recipe: Hyperparameters) -> None:
-    """Sets requires_grad: "features" trains only the classifier, "classifier" only the features.
-
-    As in the report, freezing the classifier freezes the new, random head as well. Either way the
-    first `frozen_blocks` blocks do not learn. Raises UsageError when a timm model has fewer.
-    """
-    info = architecture_info(recipe.architecture)
-    prefix = f"{info.classifier}."
-    early = early_parameters(model, recipe)
-    for name, parameter in model.named_parameters():
-        part = "classifier" if name.startswith(prefix) else "features"
-        parameter.requires_grad_(part != recipe.freeze and id(parameter) not in early)
-
-
-def early_parameters(model: nn.Module, recipe: Hyperparameters) -> set[int]:
-    """The ids of the parameters in the first `frozen_blocks` blocks."""
-    if not recipe.frozen_blocks:
-        return set()
-    if not recipe.architecture.startswith(TIMM):
-        blocks = architecture_info(recipe.architecture).blocks(model)[: recipe.frozen_blocks]
-        return {id(parameter) for block in blocks for parameter in block.parameters()}
-    groups = timm_groups(model)
-    blocks_there = max(groups.values())  # the last group holds the head
-    if recipe.frozen_blocks > blocks_there:
-        raise UsageError(
-            f"frozen_blocks {recipe.frozen_blocks}: {recipe.architecture} has {blocks_there} blocks",
-            "lower it in [recipe] or [space]",
-        )
-    frozen = {name for name, group in groups.items() if group < recipe.frozen_blocks}
-    return {id(parameter) for name, parameter in model.named_parameters() if name in frozen}
-
-
-def split_frozen(model: nn.Module, architecture: str) -> tuple[nn.Module, nn.Module] | None:
-    """The leading blocks that do not learn, and the rest: rest(prefix(images)) is model(images).
-
-    None where the first block learns already. The modules are the model's own.
-    """
-    info = architecture_info(architecture)
-    head = {id(parameter) for parameter in model.get_submodule(info.head).parameters()}
-    blocks = info.blocks(model)
-    frozen = 0
-    for block in blocks:
-        if any(p.requires_grad and id(p) not in head for p in block.parameters()):
-            break
-        frozen += 1
-    if not frozen:
-        return None
-    rest = [*blocks[frozen:], model.get_submodule(info.classifier)]
-    return nn.Sequential(*blocks[:frozen]), nn.Sequential(*rest)
-
-
-def training_mode(model: nn.Module) -> None:
-    """Training mode, except for frozen batch norms: their statistics must stay those of the weights."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
-            module.eval()

@@ -12,6 +12,7 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import architecture_info
 
 ONE_CYCLE_WARMUP = 0.3  # torch's and fastai's default
+SHORTEST_CYCLE = 3  # steps; there is no rise and fall in fewer
 FIRST_FACTOR = 0.01  # where a linear warm-up begins, as a share of the learning rate
 
 
@@ -43,10 +44,14 @@ def make_schedule(
 ) -> lr_scheduler.LRScheduler:
     """The schedule, to be stepped after every batch."""
     steps = recipe.epochs * steps_an_epoch
+    if recipe.schedule == "one_cycle" and steps < SHORTEST_CYCLE:
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     if recipe.schedule == "one_cycle":
+        # torch divides by what the rise lasts beyond its first step
+        rise = max(recipe.warmup or ONE_CYCLE_WARMUP, 1.5 / steps)
         return lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps,
-            pct_start=recipe.warmup or ONE_CYCLE_WARMUP, cycle_momentum=False,
+            pct_start=rise, cycle_momentum=False,
         )  # fmt: skip
     rising = round(recipe.warmup * steps)
     main: lr_scheduler.LRScheduler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from torch import nn
 
 from caltech_hpo.errors import WeightsError
 from caltech_hpo.spec import Recipe
+from caltech_hpo.terms import TIMM
 from caltech_hpo.training.device import resolve_precision, train_depthwise_in_fp32
 from caltech_hpo.training.features import Split, Step, feature_source, views_of
-from caltech_hpo.training.models import apply_freeze, build_model, split_frozen, weights_sha256
+from caltech_hpo.training.freezing import apply_freeze, split_frozen
+from caltech_hpo.training.models import build_model, weights_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
 
 
@@ -29,7 +32,7 @@ def model_for(recipe: Recipe, device: torch.device) -> nn.Module:
 
     Raises WeightsError when the weights file is missing, unsuitable, or another than the recipe's.
     """
-    if recipe.weights_sha256 and weights_sha256(recipe.weights) != recipe.weights_sha256:
+    if recipe.weights_sha256 and weights_sha256(recipe.weights, recipe.architecture) != recipe.weights_sha256:
         raise WeightsError(
             f"{recipe.weights}: the file has changed since the recipe was made",
             "put the file back, or search again with the new one as NAME@2",
@@ -48,7 +51,8 @@ class Prepared:
     """A training that is ready to begin.
 
     `model` is the whole model; `runs` is what computes on the sources' batches: the model on images,
-    what follows the frozen prefix on its stored outputs. Both share their parameters.
+    what follows the frozen prefix on its stored outputs. Both share their parameters. `prefix` is the
+    frozen one where it runs with every batch.
     """
 
     model: nn.Module
@@ -56,6 +60,37 @@ class Prepared:
     training: Source
     validation: Source | None
     device: torch.device
+    prefix: nn.Module | None = None
+
+
+def frozen_parts(
+    model: nn.Module, recipe: Recipe
+) -> tuple[nn.Module, nn.Module] | None:  # fmt: skip
+    """The frozen prefix and the rest, where the two one after another are the model.
+
+    Not every head of timm is its last layer alone: a copy with other weights and statistics (a fresh
+    batch norm does nothing that one could see) tries on one image whether anything is left out.
+    """
+    parts = split_frozen(model, recipe.architecture)
+    if parts is None or not recipe.architecture.startswith(TIMM):
+        return parts
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(model).cpu().eval()
+    for tensor in (*probe.parameters(), *probe.buffers()):
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator)
+            tensor.data.mul_(1 + 0.1 * noise).add_(0.02 * noise)
+    probed = split_frozen(probe, recipe.architecture)
+    assert probed is not None, "a copy is split like the model"
+    image = torch.randn(1, 3, recipe.crop, recipe.crop, generator=generator)
+    with torch.inference_mode():
+        expected = probe(image)
+        try:
+            found = probed[1](probed[0](image))
+        except RuntimeError:  # shapes that do not fit
+            return None
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+    return parts if same else None
 
 
 def prepare(
@@ -70,8 +105,8 @@ def prepare(
     model = model_for(recipe, device)
     plan = plan_for(recipe, device)
     views = views_of(recipe)
-    parts = split_frozen(model, recipe.architecture) if features is not None and views else None
-    if parts is not None and features is not None:
+    parts = frozen_parts(model, recipe)
+    if parts is not None and features is not None and views:
         prefix, rest = parts
         precision = resolve_precision(recipe.precision, device)
         needed = {"training": (training, views)}
@@ -89,7 +124,8 @@ def prepare(
         if len(found) == len(needed):
             yield Prepared(model, rest, found[0], found[1] if validation is not None else None, device)
             return
+    frozen = parts[0] if parts is not None else None
     yield Prepared(
         model, model, ImageSource(training.images, plan),
-        ImageSource(validation.images, plan) if validation is not None else None, device,
+        ImageSource(validation.images, plan) if validation is not None else None, device, frozen,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError
-from caltech_hpo.spec import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
+from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
 from caltech_hpo.training.architectures import ARCHITECTURES
 from caltech_hpo.training.models import untrained
 from caltech_hpo.training.timm_models import timm_config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import TIMM
+from caltech_hpo.terms import TIMM
 
 LITE0 = "efficientnet_lite0"
 LITE0_IN_TIMM = "tf_efficientnet_lite0"
@@ -28,6 +28,12 @@ def timm_module() -> ModuleType:
     return timm
 
 
+def timm_version(architecture: str) -> str:
+    """timm's version for an architecture that comes from it, else ""."""
+    ours = architecture == LITE0 or architecture.startswith(TIMM)
+    return str(timm_module().__version__) if ours else ""
+
+
 def timm_config(architecture: str) -> dict[str, Any]:
     """timm's pretrained configuration of "timm/NAME": mean, std, input_size, crop_pct, classifier.
 
@@ -39,7 +45,10 @@ def timm_config(architecture: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise UsageError(f"timm has no model '{name}'", f"{hint}see 'timm.list_models()'")
-    found = timm.get_pretrained_cfg(name)
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag of weights that the model does not have
+        raise UsageError(f"timm has no '{name}': {error}", "leave out the part behind the point") from error
     config = found.to_dict() if found is not None else {}
     if not isinstance(config.get("classifier"), str):
         raise UsageError(f"timm's '{name}' has no single linear head", "choose another model")
@@ -58,7 +67,19 @@ def create_timm_model(architecture: str, classes: int) -> nn.Module:
     name = LITE0_IN_TIMM if architecture == LITE0 else architecture.removeprefix(TIMM)
     if architecture.startswith(TIMM):
         timm_config(architecture)  # refuses what cannot be used
-    model: nn.Module = timm_module().create_model(name, pretrained=False, num_classes=classes)
+    # Dropout before the head is ours to place (`models.set_dropout`): timm's would be part of the features.
+    return _create(name, num_classes=classes, drop_rate=0.0)
+
+
+def own_dropout(architecture: str) -> float:
+    """The rate of the dropout that timm puts before the model's head by default."""
+    with torch.device("meta"):
+        model = _create(architecture.removeprefix(TIMM))
+    return float(getattr(model, "drop_rate", 0.0) or 0.0)
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    model: nn.Module = timm_module().create_model(name, pretrained=False, **options)
     return model
 
 

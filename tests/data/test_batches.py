@@ -11,7 +11,7 @@ from caltech_hpo.data.augment import AUGMENTATIONS, crop_corners, flip_some, rot
 from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, evaluation_batches, training_batches
 from caltech_hpo.data.cache import LabeledImages, decode_image
 from caltech_hpo.data.dataset import scan
-from caltech_hpo.spec import AugmentationName
+from caltech_hpo.terms import AugmentationName
 
 CPU = torch.device("cpu")
 

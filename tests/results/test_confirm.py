@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import optuna
 import pytest
 from helpers import write_folders, write_study
 from scipy import stats
@@ -22,11 +23,12 @@ from caltech_hpo.results.confirm import (
 from caltech_hpo.results.plan import choose_trial, plan_finals
 from caltech_hpo.results.ranking import Candidate, candidates, rank
 from caltech_hpo.results.runs_table import add_request, runs
+from caltech_hpo.results.trainings import seeded
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready
-from caltech_hpo.search.records import trial_records
+from caltech_hpo.search.records import trial_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import default_url, open_storage
-from caltech_hpo.spec import EpochResult
+from caltech_hpo.spec import EpochResult, Recipe
 
 PARAMS = {"learning_rate": 0.01, "batch_size": 32, "epochs": 2, "augmentation": "center_crop"}
 
@@ -122,7 +124,7 @@ class Scripted:
         self.script, self.jobs, self.workers, self.events, self.stopped = script, [], 1, {}, set()
         self.ready = Ready("cpu", "fp32", {})
 
-    def __call__(self, recipe, data, *, device, workers=1):
+    def __call__(self, recipe, data, *, device, workers=1, features=None):
         self.workers, self.events = workers, {}
         return self
 
@@ -292,3 +294,20 @@ def test_reading_creates_nothing(place, tmp_path):
     assert file.read_bytes() == before
     assert confirmed(default_url(tmp_path / "nothing"), "demo") is None
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("searched", "earlier", "count", "seeds"),
+    [
+        ((0,), (), 3, (1, 2, 3)),
+        ((0, 7), (), 2, (8, 9)),
+        ((0, 7), (1, 2), 3, (1, 2, 8)),  # a later search with --seed 7 does not start the confirm anew
+        ((0, 2), (1, 2, 3), 3, (1, 3, 4)),
+        ((2**32 - 1,), (), 2, (0, 1)),
+    ],
+)
+def test_seeds_are_fresh_and_stay(searched, earlier, count, seeds):
+    recipe = Recipe(architecture="resnet18", classes=3, data="x")
+    blank = trial_record(optuna.trial.create_trial(value=0.5))
+    records = [blank.model_copy(update={"recipe": seeded(recipe, seed)}) for seed in searched]
+    assert fresh_seeds(records, count, earlier) == seeds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import optuna
 import pytest
 from helpers import write_folders, write_study
 from scipy import stats
@@ -12,6 +13,7 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.errors import CaltechHpoError, UsageError
 from caltech_hpo.results import final, ledger
 from caltech_hpo.results.final import final_lock, is_settled, retrain, score
+from caltech_hpo.results.overview import make_overview
 from caltech_hpo.results.plan import plan_finals
 from caltech_hpo.results.report import make_report
 from caltech_hpo.results.scores import mean_interval
@@ -57,8 +59,8 @@ def place(tmp_path, monkeypatch):
         def __exit__(self, *error):
             self.close()
 
-    def inline(recipe, data, *, device):
-        return Inline(WorkerConfig(data, device, 1, recipe.architecture, recipe.weights))
+    def inline(recipe, data, *, device, features):
+        return Inline(WorkerConfig(data, device, 1, recipe, features))
 
     monkeypatch.setattr(final, "open_executor", inline)
     return made
@@ -103,7 +105,36 @@ def test_another_configuration_needs_a_reason(place):
     plan_finals("demo", place, trial=1, seeds=2)  # and none is needed to go on with it
     made = make_report("demo", place)
     assert (made.test_uses, made.test_reasons) == (2, ("a reviewer asked",))
-    assert [row.test_accuracy is not None for row in made.rows if row.trial in (0, 1, 2)].count(True) == 2
+    # trial 2 is trial 0's configuration on another seed, and the test accuracy is the configuration's
+    assert all(row.test_accuracy is not None for row in made.rows if row.trial in (0, 1, 2))
+
+
+def test_a_repetition_of_the_study_counts_as_the_study(place):
+    """NAME@2 would otherwise score as many configurations on the same images as one likes."""
+    take(plan_finals("demo", place)[0])
+    fingerprint = scan(place.data).fingerprint
+    write_study(place.storage, [([0.3, 0.6], OTHER)], name="demo@2", data=fingerprint)
+    with pytest.raises(UsageError, match="trial 0 of demo"):
+        plan_finals("demo@2", place)
+    assert make_report("demo@2", place).test_uses == 1
+
+
+def test_a_score_does_not_pass_to_another_trial_of_the_same_number(place):
+    """A study may be deleted and searched again under its name."""
+    take(plan_finals("demo", place)[0])
+    optuna.delete_study(study_name="demo", storage=place.storage)
+    write_study(place.storage, [([0.3, 0.6], OTHER)], data=scan(place.data).fingerprint)
+    made = make_report("demo", place)
+    assert made.test_uses == 1 and all(row.test_accuracy is None for row in made.rows)
+    summary = next(s.summary for s in make_overview(place).studies if s.name == "demo")
+    assert summary.test is None and summary.test_uses == 1
+
+
+def test_metrics_that_were_cut_off_are_no_score(place):
+    (plan,) = plan_finals("demo", place)
+    plan.unfinished.mkdir(parents=True)
+    (plan.unfinished / "metrics.json").write_text('{"result": {"study": "de')
+    assert take(plan).test_images == 12
 
 
 def test_two_calls_cannot_both_be_the_first(place):

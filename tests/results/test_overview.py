@@ -16,10 +16,11 @@ from caltech_hpo.cli.overview import check_choice
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.charts import draw_charts
 from caltech_hpo.results.evidence import Confirmed, by_configuration
-from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult
+from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult, old_row
 from caltech_hpo.results.overview import make_overview, page_order, reference_row
 from caltech_hpo.results.page import markdown_text, write_pages
 from caltech_hpo.results.page_text import confirmed_text
+from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import default_url, open_storage
 from caltech_hpo.spec import Choices, Hyperparameters
@@ -84,7 +85,9 @@ def home(tmp_path_factory):
         searched(home, rising, name="mine@2", trials=2)
     storage = open_storage(default_url(home))
     study = optuna.load_study(study_name="mine", storage=storage)
+    recipes = {record.number: record.recipe for record in trial_records(study)}
     for result in (final(0, 0.51), final(3, 0.62)):
+        result = result.model_copy(update={"recipe_hash": recipes[result.trial].hash})
         study.set_user_attr(f"{FINAL_ATTR}{result.recipe_hash}", result.model_dump(mode="json"))
     foreign = optuna.create_study(study_name="<i>foreign</i>", storage=storage)
     foreign.tell(foreign.ask(), 1.0)
@@ -109,6 +112,7 @@ def test_each_study_stands_in_its_place():
     found = page_order(declared, stored)
     assert found == ["a", "b", "b@x", "demo", "demo@2", "demo@10", "gone", "gone@2"]
     assert page_order(["a", "b"], ["b@2"]) == ["b", "b@2", "a"]  # what has run comes first
+    assert page_order(["a", "x@2"], []) == ["a", "x@2"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_a_study_on_one_line(here):
     made = make_overview(place_in(here))
     by_name = {study.name: study for study in made.studies}
     names = list(by_name)
-    assert names[names.index("mine") + 1] == "mine@2" and names.index("demo") < names.index("mine")
+    assert names[names.index("mine") + 1] == "mine@2" and names.index("mine") < names.index("demo")
     one = by_name["mine"].summary
     assert (one.row, one.published.validation, one.published.test) == (EVIL, 0.55, 0.54)
     assert (one.ours_trial, one.ours_state, one.ours_test) == (0, "complete", 0.51)
@@ -143,7 +147,7 @@ def test_a_study_on_one_line(here):
     assert one.devices == ("cpu",) and one.training_hours == pytest.approx(11 * 2.0 / 3600)
     assert (by_name["mine"].importance.complete, by_name["mine"].importance.pruned) == (3, 2)
     again = by_name["mine@2"].summary
-    assert (again.best_trial, again.test, again.test_uses) == (1, None, 0)
+    assert (again.best_trial, again.test, again.test_uses) == (1, None, 2)  # those of "mine"
     assert set(made.unread) == {"<i>foreign</i>", "broken"}
 
 
@@ -161,9 +165,12 @@ def test_an_empty_home_stays_empty(tmp_path):
 
 
 def test_scores_over_seeds_are_one_mean_with_an_interval():
-    found = by_configuration(
-        [final(1, 0.5), final(2, 0.6), final(1, 0.52), final(1, 0.4, fit_on="train+val")]
-    )
+    results = [final(1, 0.5), final(2, 0.6), final(1, 0.52), final(1, 0.4, fit_on="train+val")]
+    rows = [
+        old_row("mine", one, None).model_copy(update={"configuration": f"{one.trial}, {one.fit_on}"})
+        for one in results
+    ]
+    found = by_configuration(rows)
     assert [(s.trial, s.fit_on, s.seeds) for s in found] == [
         (1, "train", 2),
         (2, "train", 1),
@@ -181,10 +188,13 @@ def test_scores_over_seeds_are_one_mean_with_an_interval():
     [
         (None, "not run"),
         (
-            Confirmed(trial=4, seeds=3, mean=0.5, low=0.45, high=0.55),
+            Confirmed(trial=4, configuration="c", seeds=3, mean=0.5, low=0.45, high=0.55),
             "0.500 (0.450 to 0.550), 3 seeds, trial 4",
         ),
-        (Confirmed(trial=4, seeds=1, mean=0.5, low=None, high=None), "0.500, 1 seed, trial 4"),
+        (
+            Confirmed(trial=4, configuration="c", seeds=1, mean=0.5, low=None, high=None),
+            "0.500, 1 seed, trial 4",
+        ),
     ],
 )
 def test_a_confirmation_with_what_it_rests_on(confirmed, text):

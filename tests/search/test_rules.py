@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from caltech_hpo.cli.search_commands import parse_params
 from caltech_hpo.errors import UsageError
 from caltech_hpo.ranges import Choices
 from caltech_hpo.search.pruning import divergence, lags, make_pruner, make_sampler, report_steps
@@ -225,3 +226,9 @@ def test_queued_values_that_the_recipe_cannot_complete_are_asked_for():
     with pytest.raises(UsageError, match="give freeze too"):
         check_enqueued(spec, {"learning_rate": 0.01})
     check_enqueued(spec, {"learning_rate": 0.01, "freeze": "features"})
+
+
+def test_enqueued_words_become_values():
+    (found,) = parse_params(["nesterov=true,ema=0.5,epochs=3,augmentation=concat"])
+    assert found == {"nesterov": True, "ema": 0.5, "epochs": 3, "augmentation": "concat"}
+    assert type(found["nesterov"]) is bool

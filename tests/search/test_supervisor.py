@@ -340,3 +340,15 @@ def test_after_the_time_is_up_no_trial_begins(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
     events = list(Supervisor(study, storage, SPEC, Scripted(), BINDING).run(50, seconds=0.0))
     assert events == []
+
+
+def test_a_refused_job_ends_the_search_with_its_own_words(storage):
+    """A weights file that was replaced in mid-search refuses every later trial as well."""
+
+    def script(job):
+        yield Failed(job.number, "refused", "w.pth: the file has changed\n  fix: put the file back")
+
+    with pytest.raises(CaltechHpoError, match=r"w.pth: the file has changed\n  fix: put the file back"):
+        supervise(storage, Scripted(script), 3)
+    (trial,) = optuna.load_study(study_name="demo", storage=storage).trials
+    assert trial.user_attrs["stop_reason"] == "refused: w.pth: the file has changed"

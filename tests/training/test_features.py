@@ -17,8 +17,9 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.training import features as features_module
 from caltech_hpo.training.checkpoint import load_weights, save_weights
 from caltech_hpo.training.features import Split, read_features, views_of
+from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.loop import evaluate, train
-from caltech_hpo.training.prepare import model_for, prepare
+from caltech_hpo.training.prepare import frozen_parts, model_for, prepare
 from caltech_hpo.training.sources import FeatureSource, ImageSource, plan_for
 
 CPU = torch.device("cpu")
@@ -71,6 +72,7 @@ def curve(epochs):
         {"dropout": 0.5, "ema": 0.9, "head_lr_factor": 3.0, "optimizer": "adamw", "learning_rate": 0.001},
         {"architecture": "efficientnet_lite0", "freeze": "none", "frozen_blocks": 7, "schedule": "cosine"},
         {"fit_on": "train+val"},
+        {"architecture": "timm/ghostnet_100"},  # with a dropout of its own, in and before the head
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "resnet18",
 )  # fmt: skip
@@ -183,3 +185,22 @@ def test_what_is_read_is_what_the_prefix_gives(data, tmp_path):
     rows = [read_features(path) for path in tmp_path.glob("*.npy")]
     assert all(row.shape == (18, 512) and row.dtype == torch.float32 for row in rows)
     assert any(np.array_equal(row.numpy(), ready.validation.views[0].numpy()) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "crop"), [("timm/efficientvit_m0", 224), ("timm/dla46_c", 64)]
+)  # a batch norm beside the head; a convolution as the head
+def test_a_head_that_is_more_than_its_last_layer_keeps_nothing(name, crop):
+    made = recipe(architecture=name, crop=crop, resize=256)
+    assert frozen_parts(model_for(made, CPU), made) is None
+
+
+def test_nothing_random_happens_in_a_frozen_prefix():
+    made = recipe(architecture="timm/rexnet_100")
+    model = model_for(made, CPU)
+    prefix, _ = frozen_parts(model, made)
+    training_mode(model, prefix)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(prefix(images), prefix(images))
+    assert model.get_submodule("head.fc").training

