@@ -22,9 +22,7 @@ COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
 
 def environment(**extra):
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_") and k != "OMP_NUM_THREADS"
-    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
     return kept | {"NO_COLOR": "1", "COLUMNS": "120"} | extra
 
 

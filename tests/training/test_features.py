@@ -67,7 +67,6 @@ def curve(epochs):
         {"augmentation": "center_crop", "test_time_flip": True},
         {"architecture": "alexnet"},  # two dropouts behind the features
         {"architecture": "alexnet", "dropout": 0.2, "frozen_blocks": 3, "freeze": "none"},
-        {"architecture": "vgg16_bn", "dropout": 0.1, "epochs": 1},
         {"freeze": "none", "frozen_blocks": 4},  # a trained batch norm behind the prefix
         {"dropout": 0.5, "ema": 0.9, "head_lr_factor": 3.0, "optimizer": "adamw", "learning_rate": 0.001},
         {"architecture": "efficientnet_lite0", "freeze": "none", "frozen_blocks": 7, "schedule": "cosine"},
