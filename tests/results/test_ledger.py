@@ -7,7 +7,7 @@ import multiprocessing
 import sqlite3
 
 import pytest
-from helpers import write_study
+from helpers import record_all, write_study
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateTable
 
@@ -116,16 +116,14 @@ def test_the_first_new_score_brings_the_old_ones_along_once(url):
     assert len(found) == 5
 
 
-def _record_some(url, name):
-    for number in range(5):
-        record(url, row(f"{number:016x}"))
-        record(url, row(f"{name}{number:015x}"))
-
-
 def test_several_processes_record_at_once(url):
     old_database(url)
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_record_some, args=(url, name)) for name in "ab"]
+    rows = {
+        name: [row(f"{prefix}{number:015x}") for number in range(5) for prefix in ("0", name)]
+        for name in "ab"
+    }
+    processes = [context.Process(target=record_all, args=(url, mine)) for mine in rows.values()]
     for process in processes:
         process.start()
     for process in processes:
