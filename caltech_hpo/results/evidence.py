@@ -5,7 +5,6 @@ The one place through which the page of all studies asks for them.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plan import final_recipe
+from caltech_hpo.results.scores import mean_interval
 from caltech_hpo.spec import Frozen
 from caltech_hpo.terms import FitOn
 
@@ -98,16 +98,11 @@ def by_configuration(rows: Sequence[ScoreRow]) -> tuple[FinalScore, ...]:
 
 
 def _over_seeds(configuration: str, group: Sequence[FinalResult]) -> FinalScore:
-    scores = [result.test_accuracy for result in group]
-    mean, (low, high) = statistics.fmean(scores), group[0].ci95
-    if len(group) > 1:
-        from scipy import stats
-
-        half = float(stats.t.ppf(0.975, len(group) - 1)) * statistics.stdev(scores) / math.sqrt(len(group))
-        low, high = mean - half, mean + half
+    accuracy = mean_interval([result.test_accuracy for result in group])
+    low, high = accuracy.ci95 or group[0].ci95
     return FinalScore(
         trial=group[0].trial, configuration=configuration, fit_on=group[0].fit_on, seeds=len(group),
-        top1=mean,
+        top1=accuracy.mean,
         mean_per_class=statistics.fmean(result.test_mean_per_class_accuracy for result in group),
         low=low, high=high,
     )  # fmt: skip

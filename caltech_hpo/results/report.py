@@ -12,12 +12,12 @@ from caltech_hpo.results import ledger
 from caltech_hpo.results.analysis import Importance, importances
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plots import draw_study_curves
-from caltech_hpo.search.changes import SPEC_ATTR
+from caltech_hpo.search.changes import study_spec
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
-from caltech_hpo.spec import Frozen, Published, StudySpec
-from caltech_hpo.study_files import complete_params, load_study
+from caltech_hpo.spec import Baseline, Frozen, Published, StudySpec
+from caltech_hpo.study_files import complete_params
 
 NOT_RUN = "not run"
 COLUMNS = ("learning_rate", "epochs", "step_size", "freeze", "augmentation", "batch_size")
@@ -64,8 +64,7 @@ class Report(Frozen):
 def make_report(name: str, place: Place) -> Report:
     """Reads the study and draws its curves into the home. Raises UsageError for an unknown study."""
     study = stored_study(place.storage, name)
-    attrs = study.user_attrs
-    spec = StudySpec.model_validate_json(attrs[SPEC_ATTR]) if SPEC_ATTR in attrs else load_study(name)
+    spec = study_spec(study)
     records = trial_records(study)
     scores, family = ledger.scores(place.storage, name), ledger.family_scores(place.storage, name)
     finals = tuple(score.result for score in scores)
@@ -123,23 +122,17 @@ def report_rows(
             used.add(run.number)
             rows.append(row(run, baseline.published))
         else:
-            params = {**fixed, **complete_params(spec, baseline.params)}
-            rows.append(
-                ReportRow(
-                    trial=None,
-                    state=NOT_RUN,
-                    baseline=baseline.name,
-                    params=params,
-                    final_loss=None,
-                    val_accuracy=None,
-                    test_accuracy=None,
-                    stop_reason="",
-                    published=baseline.published,
-                )
-            )
+            rows.append(_not_run(baseline, {**fixed, **complete_params(spec, baseline.params)}))
     others = [record for record in records if record.number not in used and record.state != "waiting"]
     others.sort(key=lambda record: (record.state == "complete", record.value or 0.0), reverse=True)
     return (*rows, *(row(record, None) for record in others))
+
+
+def _not_run(baseline: Baseline, params: dict[str, Any]) -> ReportRow:
+    return ReportRow(
+        trial=None, state=NOT_RUN, baseline=baseline.name, params=params, final_loss=None,
+        val_accuracy=None, test_accuracy=None, stop_reason="", published=baseline.published,
+    )  # fmt: skip
 
 
 def mean(values: Sequence[float]) -> float | None:

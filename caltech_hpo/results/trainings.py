@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import CaltechHpoError, DataError
-from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR
+from caltech_hpo.search.changes import DATA_ATTR, study_spec
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data
-from caltech_hpo.spec import Recipe, StudySpec
+from caltech_hpo.spec import Recipe
 
 if TYPE_CHECKING:
     import optuna
@@ -29,7 +29,7 @@ def searched_data(
     study: optuna.Study, place: Place, *, progress: Progress | None = None, say: Say = silent
 ) -> DatasetIndex:
     """The data set of a study, by name. Raises DataError if it is absent or not the one searched on."""
-    spec = StudySpec.model_validate_json(study.user_attrs[SPEC_ATTR])
+    spec = study_spec(study)
     index = scan(locate_data(spec, place, progress=progress, say=say))
     if index.fingerprint != study.user_attrs[DATA_ATTR]:
         raise DataError(

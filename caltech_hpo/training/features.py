@@ -26,6 +26,7 @@ from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import Precision
 from caltech_hpo.training.device import autocast
+from caltech_hpo.training.models import state_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource
 from caltech_hpo.training.timm_models import timm_version
 
@@ -68,7 +69,7 @@ def feature_source(
     The last item is None where the features would be too large to keep. Raises DataError where they
     cannot be written.
     """
-    state = state_digest(prefix)
+    state = state_sha256(prefix.state_dict(), repr(prefix))
     opened: list[Tensor] = []
     for view in range(views):
         tensors = []
@@ -83,18 +84,8 @@ def feature_source(
             tensors.append(read_features(file))
         opened.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
     labels = torch.from_numpy(split.images.labels)
-    on_device = plan.device.type != "cpu"
-    kept = tuple(tensor.to(plan.device) if on_device else tensor for tensor in opened)
+    kept = tuple(tensor.to(plan.device) for tensor in opened)
     yield FeatureSource(kept, labels.to(plan.device), plan)
-
-
-def state_digest(module: nn.Module) -> str:
-    """SHA-256 over a module's structure, parameters and buffers."""
-    total = hashlib.sha256(repr(module).encode())
-    for name, value in module.state_dict().items():
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def feature_key(

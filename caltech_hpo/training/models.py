@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,21 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: str, source:
     model.load_state_dict({name: state[name] for name in own}, strict=False)
 
 
+def state_sha256(state: Mapping[str, Tensor], about: str = "") -> str:
+    """SHA-256 over `about` and the names, types, shapes and bytes of tensors."""
+    total = hashlib.sha256(about.encode())
+    for name, value in state.items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+@functools.cache  # asked for before every trial
+def imagenet_sha256(architecture: str) -> str:
+    """`state_sha256` of an architecture's ImageNet weights."""
+    return state_sha256(read_weights(architecture, IMAGENET_WEIGHTS)[0])
+
+
 def weights_sha256(weights: str, architecture: str) -> str:
     """SHA-256 of what the weights hold, for the recipe.
 
@@ -173,13 +190,8 @@ def weights_sha256(weights: str, architecture: str) -> str:
     if weights == NO_WEIGHTS:
         return ""
     if weights == IMAGENET_WEIGHTS:
-        if architecture != LITE0 and not architecture.startswith(TIMM):
-            return ""
-        total = hashlib.sha256()
-        for name, value in read_weights(architecture, weights)[0].items():
-            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            total.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        ours = architecture == LITE0 or architecture.startswith(TIMM)
+        return imagenet_sha256(architecture) if ours else ""
     path = Path(weights)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such weights file", "check --weights, or the study's file")
