@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from caltech_hpo.data.resident import to_device
 from caltech_hpo.terms import AugmentationName
 
 
@@ -104,7 +105,7 @@ def jitter_each(batch: Tensor, strength: float, generator: torch.Generator) -> T
     Each changes by its own factor in [1 - strength, 1 + strength], in this order.
     """
     factors = uniform(3 * len(batch), 1 - strength, 1 + strength, generator).view(3, -1, 1, 1, 1)
-    brightness, contrast, saturation = factors.to(batch.device)
+    brightness, contrast, saturation = to_device(factors, batch.device)
     batch = (batch * brightness).clamp_(0, 255)
     batch = torch.lerp(grey(batch).mean((2, 3), keepdim=True), batch, contrast).clamp_(0, 255)
     return torch.lerp(grey(batch).expand_as(batch), batch, saturation).clamp_(0, 255)
@@ -122,7 +123,7 @@ def erase_some(batch: Tensor, probability: float, generator: torch.Generator) ->
     chosen = torch.rand(count, generator=generator) < probability
     sizes = torch.tensor([[height, width]]).expand(count, 2)
     box = boxes(sizes, ERASED_AREAS, ERASED_RATIOS, generator) * chosen[:, None]
-    return batch.masked_fill(inside(box.to(batch.device), height, width), 0.0)
+    return batch.masked_fill(inside(to_device(box, batch.device), height, width), 0.0)
 
 
 def mix(
@@ -144,10 +145,11 @@ def mix(
     left, right = ((center_x + sign * sides * width / 2).round().clamp(0, width) for sign in (-1, 1))
     box = torch.stack([top, left, bottom - top, right - left], 1).long()
     # a box that hangs over the edge is smaller than was drawn
-    kept = torch.where(pasted, 1 - (box[:, 2] * box[:, 3]) / (height * width), kept).to(device)
-    partner, blend = partner.to(device), kept.masked_fill(pasted.to(device), 1.0)[:, None, None, None]
+    kept = torch.where(pasted, 1 - (box[:, 2] * box[:, 3]) / (height * width), kept)
+    blend = to_device(kept.masked_fill(pasted, 1.0)[:, None, None, None], device)
+    partner, kept = to_device(partner, device), to_device(kept, device)
     other = batch[partner]
-    mixed = torch.where(inside(box.to(device), height, width), other, torch.lerp(other, batch, blend))
+    mixed = torch.where(inside(to_device(box, device), height, width), other, torch.lerp(other, batch, blend))
     shares = functional.one_hot(labels, classes).float()
     return mixed, torch.lerp(shares[partner], shares, kept[:, None].float())
 
@@ -168,7 +170,7 @@ def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
 def flip_some(batch: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:
     """Mirrors each image of (n, channels, height, width) left to right with that probability."""
     chosen = torch.rand(len(batch), generator=generator) < probability
-    return torch.where(chosen.to(batch.device)[:, None, None, None], batch.flip(3), batch)
+    return torch.where(to_device(chosen, batch.device)[:, None, None, None], batch.flip(3), batch)
 
 
 def rotate_each(batch: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
@@ -179,5 +181,5 @@ def rotate_each(batch: Tensor, degrees: float, generator: torch.Generator) -> Te
     angles = (torch.rand(len(batch), generator=generator) * 2 - 1) * math.radians(degrees)
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
     theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    grid = functional.affine_grid(theta.to(batch.device), list(batch.shape), align_corners=False)
+    grid = functional.affine_grid(to_device(theta, batch.device), list(batch.shape), align_corners=False)
     return functional.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,10 @@ from caltech_hpo.data.augment import (
     rotate_each,
 )
 from caltech_hpo.data.cache import LabeledImages, Pixels
+from caltech_hpo.data.resident import ResidentImages, to_device
 
+# Where pixels are: in the cache file, or in the device's memory.
+Images = LabeledImages | ResidentImages
 CENTER_CROP = Augmentation()
 
 
@@ -73,7 +77,7 @@ def batch_sizes(images: int, plan: BatchPlan) -> list[int]:
 
 
 def training_batches(
-    data: LabeledImages, plan: BatchPlan, order: torch.Generator, draws: torch.Generator
+    data: Images, plan: BatchPlan, order: torch.Generator, draws: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from `order`, augmented by `draws` (both CPU generators).
 
@@ -83,14 +87,13 @@ def training_batches(
     copies = plan.augmentation.copies or (plan.augmentation,)
     permutation = torch.randperm(len(data) * len(copies), generator=order)
     for chosen in torch.split(permutation[: sum(batch_sizes(len(data), plan))], plan.batch_size):
-        positions, copy = (chosen % len(data)).numpy(), chosen // len(data)
+        positions, copy = chosen % len(data), chosen // len(data)
         batch, labels = make_batch(data, positions, plan, copies[0], draws)
         for number, augmentation in enumerate(copies[1:], start=1):
             mine = (copy == number).nonzero()[:, 0]
             if len(mine):
-                batch[mine.to(plan.device)] = make_batch(
-                    data, positions[mine.numpy()], plan, augmentation, draws
-                )[0]
+                copies_of_mine = make_batch(data, positions[mine], plan, augmentation, draws)[0]
+                batch[to_device(mine, plan.device)] = copies_of_mine
         if plan.erasing:
             batch = erase_some(batch, plan.erasing, draws)
         if plan.mixup or plan.cutmix:
@@ -98,24 +101,20 @@ def training_batches(
         yield batch.contiguous(memory_format=torch.channels_last), labels
 
 
-def evaluation_batches(data: LabeledImages, plan: BatchPlan) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(data: Images, plan: BatchPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """All images in order, centre crops; tensors as in `training_batches`."""
     unused = torch.Generator()
     plain = replace(plan, color_jitter=0.0)
     for chosen in torch.split(torch.arange(len(data)), plan.batch_size):
-        yield make_batch(data, chosen.numpy(), plain, CENTER_CROP, unused)
+        yield make_batch(data, chosen, plain, CENTER_CROP, unused)
 
 
 def make_batch(
-    data: LabeledImages, chosen: np.ndarray[tuple[int], np.dtype[np.int64]], plan: BatchPlan,
-    augmentation: Augmentation, draws: torch.Generator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The images at positions `chosen` as one batch (see `training_batches`)."""
-    images = [data.images[i] for i in chosen]
-    pixels = cropped(images, plan, augmentation, draws)
-    # Pixels cross to the device as bytes, a quarter of their size as floats. NHWC in memory seen
-    # as NCHW is what torch calls channels_last: no copy.
-    batch = torch.from_numpy(pixels).to(plan.device, non_blocking=True).permute(0, 3, 1, 2)
+    data: Images, chosen: Tensor, plan: BatchPlan, augmentation: Augmentation, draws: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The images at positions `chosen` (n,) as one batch (see `training_batches`)."""
+    # NHWC in memory seen as NCHW is what torch calls channels_last: no copy.
+    batch = cropped(data, chosen, plan, augmentation, draws).permute(0, 3, 1, 2)
     if augmentation.flip:
         batch = flip_some(batch, draws, augmentation.flip)
     batch = batch.float()
@@ -124,31 +123,58 @@ def make_batch(
     if augmentation.rotation:
         batch = rotate_each(batch, augmentation.rotation, draws).contiguous(memory_format=torch.channels_last)
     normalize_(batch, plan.normalization)
-    labels = torch.from_numpy(data.labels[chosen]).to(plan.device, non_blocking=True)
-    return batch, labels
+    if isinstance(data, ResidentImages):
+        return batch, data.labels[to_device(chosen, plan.device)]
+    return batch, to_device(torch.from_numpy(data.labels[chosen.numpy()]), plan.device)
 
 
 def cropped(
-    images: list[Pixels], plan: BatchPlan, augmentation: Augmentation, draws: torch.Generator
-) -> Pixels:
-    """The crop of each image: (n, crop, crop, 3) uint8."""
-    crop = plan.crop
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    pixels = np.empty((len(images), crop, crop, 3), dtype=np.uint8)
+    data: Images, chosen: Tensor, plan: BatchPlan, augmentation: Augmentation, draws: torch.Generator
+) -> Tensor:
+    """The chosen images' crops: (n, crop, crop, 3) uint8, on the device; drawn alike for both `Images`."""
+    if isinstance(data, ResidentImages):
+        images, sizes = [], data.sizes[chosen]
+    else:
+        images = [data.images[i] for i in chosen.tolist()]
+        sizes = torch.tensor([image.shape[:2] for image in images])
     if augmentation.resized:
-        chosen = boxes(sizes, (plan.smallest_area, 1.0), CROP_RATIOS, draws)
-        for i, (image, (top, left, tall, wide)) in enumerate(zip(images, chosen.tolist(), strict=True)):
-            box = Image.fromarray(image[top : top + tall, left : left + wide])
-            pixels[i] = np.asarray(box.resize((crop, crop), Image.Resampling.BILINEAR))
-        return pixels
-    corners = crop_corners(sizes, crop, random=augmentation.random_crop, generator=draws)
-    for i, (image, (top, left)) in enumerate(zip(images, corners.tolist(), strict=True)):
+        places = boxes(sizes, (plan.smallest_area, 1.0), CROP_RATIOS, draws)
+    else:
+        places = crop_corners(sizes, plan.crop, random=augmentation.random_crop, generator=draws)
+    if isinstance(data, ResidentImages):
+        cut = data.resized if augmentation.resized else data.crops
+        return cut(chosen, places, plan.crop)
+    cut_here = resized_on_host if augmentation.resized else crops_on_host
+    # pixels cross to the device as bytes, a quarter of their size as floats
+    return to_device(torch.from_numpy(cut_here(images, places.tolist(), plan.crop)), plan.device)
+
+
+def crops_on_host(images: list[Pixels], corners: list[list[int]], crop: int) -> Pixels:
+    """Each image's square crop at its (top, left): (n, crop, crop, 3) uint8."""
+    pixels = np.empty((len(images), crop, crop, 3), dtype=np.uint8)
+    for i, (image, (top, left)) in enumerate(zip(images, corners, strict=True)):
         pixels[i] = image[top : top + crop, left : left + crop]
+    return pixels
+
+
+def resized_on_host(images: list[Pixels], places: list[list[int]], crop: int) -> Pixels:
+    """Each image's box of (top, left, height, width), resized by Pillow: (n, crop, crop, 3) uint8."""
+    pixels = np.empty((len(images), crop, crop, 3), dtype=np.uint8)
+    for i, (image, (top, left, tall, wide)) in enumerate(zip(images, places, strict=True)):
+        box = Image.fromarray(image[top : top + tall, left : left + wide])
+        pixels[i] = np.asarray(box.resize((crop, crop), Image.Resampling.BILINEAR))
     return pixels
 
 
 def normalize_(batch: Tensor, normalization: Normalization) -> Tensor:
     """Scales pixels of 0 to 255 to [0, 1], then subtracts the mean and divides by std, in place."""
-    mean = torch.tensor(normalization.mean, device=batch.device).view(1, 3, 1, 1)
-    std = torch.tensor(normalization.std, device=batch.device).view(1, 3, 1, 1)
-    return batch.sub_(mean * 255).div_(std * 255)
+    mean, std = _levels(normalization, batch.device)
+    return batch.sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=8)  # a tensor made for every batch would make a GPU wait for its copy
+def _levels(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in pixel levels, (1, 3, 1, 1) each."""
+    mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1)
+    return mean * 255, std * 255

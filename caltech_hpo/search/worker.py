@@ -25,7 +25,7 @@ from caltech_hpo.search.messages import (
     Working,
 )
 from caltech_hpo.training.checkpoint import save_weights
-from caltech_hpo.training.device import describe_device, resolve_device, resolve_precision
+from caltech_hpo.training.device import describe_device, keep_near, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import train
@@ -76,9 +76,14 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         versions=versions(),
         weights_sha256=weights_sha256(recipe.weights, recipe.architecture),
     )
-    training = Split(((data.open_training(), data.training_cache.stem),))
-    validation = Split(((data.open_validation(), data.validation_cache.stem),))
-    return WorkerContext(device, training, validation, config.features, ready)
+    training, validation = keep_near(device, data.open_training(), data.open_validation())
+    return WorkerContext(
+        device,
+        Split(((training, data.training_cache.stem),)),
+        Split(((validation, data.validation_cache.stem),)),
+        config.features,
+        ready,
+    )
 
 
 def run_job(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:

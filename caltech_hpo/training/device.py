@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from caltech_hpo.data.batches import Images
+from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.data.resident import make_resident, resident_bytes
 from caltech_hpo.errors import UsageError
 from caltech_hpo.terms import Precision
 
 AMPERE = (8, 0)
+RESIDENT_SHARE = 0.25  # of a GPU's free memory: the rest is for training, and for other workers
 
 
 def resolve_device(name: str) -> torch.device:
@@ -89,6 +93,16 @@ def train_depthwise_in_fp32(model: nn.Module, device: torch.device, precision: P
             kind = type(module)
             if not issubclass(kind, _LearnsInFp32):
                 module.__class__ = type(f"{kind.__name__}LearningInFp32", (_LearnsInFp32, kind), {})
+
+
+def keep_near(device: torch.device, *splits: LabeledImages) -> list[Images]:
+    """The splits, copied into a GPU's memory where they take at most a quarter of what is free there."""
+    if device.type != "cuda":
+        return list(splits)
+    free, _ = torch.cuda.mem_get_info(device)
+    if sum(resident_bytes(split) for split in splits) > RESIDENT_SHARE * free:
+        return list(splits)
+    return [make_resident(split, device) for split in splits]
 
 
 def describe_device(device: torch.device) -> str:

@@ -7,8 +7,10 @@ image), they are computed once, and only what follows the prefix is trained, on 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
-from caltech_hpo.data.batches import BatchPlan
-from caltech_hpo.data.cache import LabeledImages, sync_folder
+from caltech_hpo.data.batches import BatchPlan, Images
+from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import Precision
@@ -40,17 +42,17 @@ Step = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images of one or more cache files, and the files' names, which say what is in them."""
+    """Decoded images of one or more cache files, and the files' names, which say what is in them.
 
-    parts: tuple[tuple[LabeledImages, str], ...]
+    They are all in the files or all in the device's memory.
+    """
+
+    parts: tuple[tuple[Images, str], ...]
 
     @property
-    def images(self) -> LabeledImages:
+    def images(self) -> Images:
         """All of them."""
-        first, *others = (images for images, _ in self.parts)
-        for images in others:
-            first = first + images
-        return first
+        return functools.reduce(operator.add, (images for images, _ in self.parts))
 
 
 def views_of(recipe: Recipe) -> int:
@@ -83,7 +85,7 @@ def feature_source(
                 yield from _compute(prefix, images, plan, file, precision, flipped=bool(view), label=label)
             tensors.append(read_features(file))
         opened.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
-    labels = torch.from_numpy(split.images.labels)
+    labels = torch.as_tensor(split.images.labels)
     kept = tuple(tensor.to(plan.device) for tensor in opened)
     yield FeatureSource(kept, labels.to(plan.device), plan)
 
@@ -109,7 +111,7 @@ def feature_bytes(prefix: nn.Module, plan: BatchPlan, precision: Precision) -> i
 
 
 def _compute(
-    prefix: nn.Module, images: LabeledImages, plan: BatchPlan, file: Path, precision: Precision, *,
+    prefix: nn.Module, images: Images, plan: BatchPlan, file: Path, precision: Precision, *,
     flipped: bool, label: str,
 ) -> Iterator[Step]:  # fmt: skip
     """Writes the features to a temporary file, syncs, renames; another worker's result is kept."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from caltech_hpo.data.augment import AUGMENTATIONS
-from caltech_hpo.data.batches import BatchPlan, batch_sizes, evaluation_batches, training_batches
-from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.data.batches import BatchPlan, Images, batch_sizes, evaluation_batches, training_batches
+from caltech_hpo.data.resident import to_device
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import normalization_for
 
@@ -46,7 +46,7 @@ def plan_for(recipe: Recipe, device: torch.device) -> BatchPlan:
 class ImageSource:
     """Batches of normalised images (n, 3, crop, crop)."""
 
-    images: LabeledImages
+    images: Images
     plan: BatchPlan
 
     @property
@@ -89,7 +89,8 @@ class FeatureSource:
             batch = self._rows(self.views[0], chosen)
             if flip:
                 mirrored = torch.rand(len(chosen), generator=draws) < flip
-                batch[mirrored.to(batch.device)] = self._rows(self.views[1], chosen[mirrored])
+                places = to_device(mirrored.nonzero()[:, 0], batch.device)
+                batch[places] = self._rows(self.views[1], chosen[mirrored])
             yield batch, self._rows(self.labels, chosen)
 
     def evaluation(self, *, flipped: bool = False) -> Batches:
@@ -98,4 +99,4 @@ class FeatureSource:
             yield self._rows(self.views[int(flipped)], chosen), self._rows(self.labels, chosen)
 
     def _rows(self, tensor: Tensor, chosen: Tensor) -> Tensor:
-        return tensor[chosen.to(tensor.device)].to(self.plan.device)
+        return tensor[to_device(chosen, tensor.device)].to(self.plan.device)
