@@ -129,6 +129,7 @@ class EpochResult(Frozen):
     Losses are means over images; they may be infinite or NaN, which is for the search to judge.
     Validation fields are None when the recipe trains on the validation images too;
     `validation_top1_flip` is the accuracy over each image and its mirror image, where asked for.
+    `micro_batch` is how many images were computed at a time where a batch did not fit the memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
@@ -141,6 +142,7 @@ class EpochResult(Frozen):
     validation_top1_flip: float | None = None
     images: int
     seconds: float
+    micro_batch: int | None = None
 
 
 FIELD_CHECKS: dict[str, TypeAdapter[Any]] = {

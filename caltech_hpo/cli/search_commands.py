@@ -69,6 +69,12 @@ def search(
     weights: Annotated[
         str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.05, help="GiB that all workers together may use.", show_default="most of what is free"
+        ),
+    ] = None,
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Continue though the study file changed.")
     ] = False,
@@ -93,6 +99,7 @@ def search(
         baselines=not no_baselines, pruning=not no_pruning, enqueue=parse_params(enqueue or []),
         allow_changed=allow_changed, skip_unreadable=skip_unreadable,
         precision=precision.value if precision else None, weights=weights,
+        memory=None if memory is None else int(memory * 2**30),
     )  # fmt: skip
     place = place_of(home, storage, data)
     with goes_on(), contextlib.ExitStack() as stack:

@@ -48,7 +48,7 @@ class ResidentImages:
         )
 
     def crops(self, chosen: Tensor, corners: Tensor, crop: int) -> Tensor:
-        """Square crops (n, crop, crop, 3) uint8 of the images at `chosen`, at (top, left) `corners` (n, 2)."""
+        """Square crops (n, crop, crop, 3) uint8 of `chosen` images (n,), at (top, left) `corners` (n, 2)."""
         top, left = corners.unbind(1)
         widths = self.sizes[chosen, 1]
         first = to_device(self.starts[chosen] + top * widths + left, self.pixels.device)

@@ -16,6 +16,7 @@ from caltech_hpo.terms import Precision
 class WorkerConfig:
     """What a worker opens once. `threads` limits torch's CPU threads (None: torch decides); `features`
     is where outputs of frozen prefixes are kept (None: nowhere, they are computed with every batch).
+    `workers` share the machine; `memory` bytes may be used by all of them (None: most of what is free).
 
     The model of the study's `recipe` is built before the first trial, so that missing or unsuitable
     weights are refused at once.
@@ -26,6 +27,8 @@ class WorkerConfig:
     threads: int | None
     recipe: Hyperparameters
     features: Path | None = None
+    workers: int = 1
+    memory: int | None = None
 
 
 @dataclass(frozen=True)

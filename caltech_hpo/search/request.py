@@ -62,7 +62,8 @@ class Place:
 class SearchRequest:
     """What `search` was asked to do. `trials` is the study's total of finished trials.
 
-    Without `pruning` no trial ends for lagging in this run; what diverges still ends.
+    Without `pruning` no trial ends for lagging in this run; what diverges still ends. `memory` bytes may
+    be used by all workers together (None: most of what is free).
     """
 
     study: str
@@ -79,6 +80,7 @@ class SearchRequest:
     precision: Precision | None = None
     weights: str | None = None
     subset: int | None = None
+    memory: int | None = None
 
 
 def resolve_spec(request: SearchRequest) -> StudySpec:

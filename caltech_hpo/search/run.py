@@ -117,7 +117,12 @@ def _run(
     workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
     with open_executor(
-        most_demanding(spec), data, device=request.device, workers=workers, features=place.features
+        most_demanding(spec),
+        data,
+        device=request.device,
+        workers=workers,
+        features=place.features,
+        memory=request.memory,
     ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,
@@ -154,14 +159,20 @@ def enqueue(study: optuna.Study, points: list[dict[str, Any]], say: Say) -> None
 
 @contextlib.contextmanager
 def open_executor(
-    recipe: Hyperparameters, data: SearchData, *, device: str, workers: int = 1, features: Path | None = None
+    recipe: Hyperparameters,
+    data: SearchData,
+    *,
+    device: str,
+    workers: int = 1,
+    features: Path | None = None,
+    memory: int | None = None,
 ) -> Iterator[ProcessExecutor]:
     """Local worker processes, sharing the CPU's cores evenly; ended on leaving."""
     from caltech_hpo.search.executors import ProcessExecutor
     from caltech_hpo.search.messages import WorkerConfig
 
     threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
-    config = WorkerConfig(data, device, threads, recipe, features)
+    config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
     executor = ProcessExecutor(config, workers)
     try:
         yield executor

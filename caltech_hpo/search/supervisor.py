@@ -227,5 +227,7 @@ class Supervisor:
             "versions": ready.versions,
             "stop_reason": stop_reason,
         }
+        if results and results[-1].micro_batch:
+            attributes["micro_batch"] = results[-1].micro_batch
         for name, value in attributes.items():
             trial.set_user_attr(name, value)

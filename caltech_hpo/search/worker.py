@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -24,11 +25,13 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
+from caltech_hpo.spec import EpochResult
 from caltech_hpo.training.checkpoint import save_weights
 from caltech_hpo.training.device import describe_device, keep_near, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import train
+from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 
@@ -46,6 +49,7 @@ class WorkerContext:
     training: Split
     validation: Split
     features: Path | None
+    memory: MicroBatches
     ready: Ready
 
 
@@ -63,6 +67,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
+    torch.backends.cudnn.benchmark = True  # batches have one size: worth choosing the algorithm
     recipe, data = config.recipe, config.data
     # refuses bad weights, and a dropout or frozen blocks that the model has no place for
     model = build_model(
@@ -82,6 +87,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         Split(((training, data.training_cache.stem),)),
         Split(((validation, data.validation_cache.stem),)),
         config.features,
+        MicroBatches(device, memory_share(device, config.memory, config.workers)),
         ready,
     )
 
@@ -93,39 +99,54 @@ def run_job(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]
     """
     try:
         yield from _epochs(job, context)
-    except torch.OutOfMemoryError as error:
-        yield Failed(job.number, "out of memory", str(error))
     except CaltechHpoError as error:
         yield Failed(job.number, "refused", str(error))
-    except RuntimeError as error:
-        # torch's CPU allocator has no exception of its own
-        full = "DefaultCPUAllocator" in str(error)
+    except Exception as error:
+        full = is_out_of_memory(error)
         message = str(error) if full else traceback.format_exc()
         yield Failed(job.number, "out of memory" if full else "bug", message)
-    except Exception:
-        yield Failed(job.number, "bug", traceback.format_exc())
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _epochs(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:
-    recipe = job.recipe
+    while True:
+        prepared = yield from _prepared(job, context)
+        results = train(job.recipe, prepared)
+        try:
+            first = next(results)
+        except RuntimeError as error:
+            # Others may have taken memory since it was looked at: once more, fewer images at a time.
+            if not is_out_of_memory(error) or not context.memory.shrink(job.recipe, prepared):
+                raise
+        else:
+            yield from _report(job, prepared, itertools.chain([first], results))
+            return
+
+
+def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Prepared]:
+    """Features computed, weights loaded, images at a time chosen."""
     training: Split = context.training
     validation: Split | None = context.validation
-    if recipe.fit_on == "train+val":
+    if job.recipe.fit_on == "train+val":
         training, validation = Split(training.parts + context.validation.parts), None
     prepared, shown = None, -1
-    for step in prepare(recipe, training, validation, context.device, features=context.features):
+    for step in prepare(job.recipe, training, validation, context.device, features=context.features):
         if isinstance(step, Prepared):
             prepared = step
         elif (share := PROGRESS_STEPS * step[1] // step[2]) != shown:
             shown = share
             yield Working(job.number, *step)
     assert prepared is not None, "prepare ends with it"
+    return context.memory.fit(job.recipe, prepared)
+
+
+def _report(job: Job, prepared: Prepared, results: Iterable[EpochResult]) -> Generator[JobEvent, bool, None]:
+    """Yields the epochs, keeps the best one's weights where asked to, stops when told to."""
     best = -1.0
-    for result in train(recipe, prepared):
+    for result in results:
         score = result.validation_top1
-        improved = result.epoch == recipe.epochs if score is None else score > best
+        improved = result.epoch == job.recipe.epochs if score is None else score > best
         if improved:
             best = score if score is not None else best
             if job.keep is not None:

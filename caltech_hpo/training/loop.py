@@ -47,6 +47,10 @@ def train(recipe: Recipe, prepared: Prepared) -> Iterator[EpochResult]:
     optimizer = make_optimizer(prepared.model, recipe)
     schedule = make_schedule(optimizer, recipe, len(training.sizes))
     average = WeightAverage(model, recipe.ema) if recipe.ema else None
+    step = Step(
+        optimizer, schedule, average, device, precision, recipe.label_smoothing, prepared.prefix,
+        prepared.micro_batch,
+    )  # fmt: skip
     for epoch in range(1, recipe.epochs + 1):
         start = time.perf_counter()
         learning_rate = float(schedule.get_last_lr()[0])
@@ -55,7 +59,6 @@ def train(recipe: Recipe, prepared: Prepared) -> Iterator[EpochResult]:
             draws=_generator(recipe.seed, "augmentation", epoch),
         )
         torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))  # dropout takes no generator
-        step = Step(optimizer, schedule, average, device, precision, recipe.label_smoothing, prepared.prefix)
         training_loss = train_epoch(model, batches, step)
         if average:
             average.swap()
@@ -70,6 +73,7 @@ def train(recipe: Recipe, prepared: Prepared) -> Iterator[EpochResult]:
             validation_top1_flip=scores.top1_flip if scores else None,
             images=sum(training.sizes),
             seconds=time.perf_counter() - start,
+            micro_batch=prepared.micro_batch,
         )
         if average:
             average.swap()
@@ -81,7 +85,7 @@ def _generator(seed: int, *purpose: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Step:
-    """What a gradient step needs besides the batch."""
+    """What a gradient step needs besides the batch; `micro_batch` are computed at a time (None: all)."""
 
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -90,6 +94,7 @@ class Step:
     precision: Precision
     label_smoothing: float = 0.0
     prefix: nn.Module | None = None
+    micro_batch: int | None = None
 
 
 def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], step: Step) -> float:
@@ -100,16 +105,31 @@ def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], step
     images = 0
     for inputs, labels in batches:
         step.optimizer.zero_grad(set_to_none=True)
-        with autocast(device, step.precision):
-            loss = nn.functional.cross_entropy(model(inputs), labels, label_smoothing=step.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = gradients(model, inputs, labels, step)
         step.optimizer.step()
         step.schedule.step()
         if step.average:
             step.average.update()
-        total += loss.detach() * len(labels)  # summed on the device: reading it would wait for the GPU
+        total += loss * len(labels)  # summed on the device: reading it would wait for the GPU
         images += len(labels)
     return float(total) / images
+
+
+def gradients(model: nn.Module, inputs: Tensor, labels: Tensor, step: Step) -> Tensor:
+    """Adds the batch's gradients to the parameters'; returns its mean loss, 0-dimensional.
+
+    With a micro-batch the images go in pieces of nearly equal size; each piece's mean loss counts by its
+    share of the batch, so that the sum is the batch's gradient (batch norm alone sees the piece).
+    """
+    pieces = 1 if step.micro_batch is None else -(-len(labels) // step.micro_batch)
+    losses = []
+    for some, truth in zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
+        with autocast(step.device, step.precision):
+            loss = nn.functional.cross_entropy(model(some), truth, label_smoothing=step.label_smoothing)
+            loss = loss * (len(truth) / len(labels)) if pieces > 1 else loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    return losses[0] if pieces == 1 else torch.stack(losses).sum()
 
 
 @torch.inference_mode()

@@ -29,13 +29,15 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             {"params": [p for p in learning if id(p) in head], "lr": rate},
         ]
         groups = [group for group in groups if group["params"]]
+    fused = learning[0].is_cuda  # one pass over the memory of each parameter
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay
-        )
+            groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999),
+            weight_decay=recipe.weight_decay, fused=fused,
+        )  # fmt: skip
     return torch.optim.SGD(
         groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
+        weight_decay=recipe.weight_decay, fused=fused,
     )  # fmt: skip
 
 

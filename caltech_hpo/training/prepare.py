@@ -52,7 +52,8 @@ class Prepared:
 
     `model` is the whole model; `runs` is what computes on the sources' batches: the model on images,
     what follows the frozen prefix on its stored outputs. Both share their parameters. `prefix` is the
-    frozen one where it runs with every batch.
+    frozen one where it runs with every batch. `micro_batch` images are computed at a time (None: a whole
+    batch), their gradients added up.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Prepared:
     validation: Source | None
     device: torch.device
     prefix: nn.Module | None = None
+    micro_batch: int | None = None
 
 
 def frozen_parts(

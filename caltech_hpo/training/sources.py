@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -24,6 +24,12 @@ class Source(Protocol):
     @property
     def sizes(self) -> list[int]:
         """The sizes of an epoch's training batches."""
+
+    def in_batches_of(self, images: int) -> Source:
+        """The same images in batches of another size."""
+
+    def example(self, count: int) -> Tensor:
+        """Inputs like a batch's, of `count` images, all zeros."""
 
     def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
         """One epoch in random order, augmented."""
@@ -54,6 +60,15 @@ class ImageSource:
         """As `batch_sizes` says."""
         return batch_sizes(len(self.images), self.plan)
 
+    def in_batches_of(self, images: int) -> ImageSource:
+        """With another batch size."""
+        return replace(self, plan=replace(self.plan, batch_size=images))
+
+    def example(self, count: int) -> Tensor:
+        """(count, 3, crop, crop) float32, channels_last."""
+        zeros = torch.zeros(count, 3, self.plan.crop, self.plan.crop, device=self.plan.device)
+        return zeros.contiguous(memory_format=torch.channels_last)
+
     def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
         """One epoch, augmented."""
         return training_batches(self.images, self.plan, order, draws)
@@ -80,6 +95,14 @@ class FeatureSource:
     def sizes(self) -> list[int]:
         """As `batch_sizes` says."""
         return batch_sizes(len(self.labels), self.plan)
+
+    def in_batches_of(self, images: int) -> FeatureSource:
+        """With another batch size."""
+        return replace(self, plan=replace(self.plan, batch_size=images))
+
+    def example(self, count: int) -> Tensor:
+        """(count, ...) of the features' type."""
+        return torch.zeros_like(self.views[0][:1]).expand(count, *self.views[0].shape[1:]).contiguous()
 
     def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
         """One epoch; images are mirrored as the augmentation says."""

@@ -6,14 +6,14 @@ Nothing is computed on real tensors: torch's "meta" device knows shapes only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
 from caltech_hpo.training.architectures import ARCHITECTURES
+from caltech_hpo.training.memory import saved_bytes
 from caltech_hpo.training.models import untrained
 from caltech_hpo.training.timm_models import timm_config
 
@@ -86,16 +86,4 @@ def activation_bytes(model: nn.Module, crop: int) -> int:
 
 
 def _saved(model: nn.Module, crop: int, images: int) -> int:
-    parameters = {id(parameter) for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        root: Any = tensor if tensor._base is None else tensor._base
-        if id(root) not in parameters:
-            kept[id(root)] = root
-        return tensor
-
-    inputs = torch.empty(images, 3, crop, crop, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(inputs)
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values() if tensor is not inputs)
+    return saved_bytes(model.train(), torch.empty(images, 3, crop, crop, device="meta"))

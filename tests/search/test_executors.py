@@ -120,19 +120,38 @@ def test_what_a_worker_refuses_is_raised_before_any_job(config, change, error):
         InlineExecutor(dataclasses.replace(config, **change))
 
 
-def test_memory_that_runs_out_is_an_outcome(config):
-    events = play(InlineExecutor(config), Job(0, recipe(crop=2048, resize=2048)))
+def test_a_worker_is_told_how_much_memory_it_may_use(config):
+    from caltech_hpo.search.worker import open_worker
+    from caltech_hpo.training.memory import needed_bytes
+    from caltech_hpo.training.prepare import prepare
+
+    context = open_worker(config)
+    made = recipe(batch_size=12)
+    *_, prepared = prepare(made, context.training, context.validation, context.device)
+    room = 2 * needed_bytes(made, prepared, 3)
+    executor = InlineExecutor(dataclasses.replace(config, workers=2, memory=room))
+    events = play(executor, Job(0, made))
+    assert [event.result.micro_batch for event in events[:-1]] == [3, 3]
+    too_little = InlineExecutor(dataclasses.replace(config, memory=1 << 20))
+    (failed,) = play(too_little, Job(0, made))
+    assert isinstance(failed, Failed) and failed.kind == "out of memory" and "2 images" in failed.message
+
+
+def test_memory_that_runs_out_is_an_outcome(config, monkeypatch):
+    events = play(InlineExecutor(config), Job(0, recipe(crop=128, resize=128)))
     assert isinstance(events[-1], Failed)  # the cache holds 36 pixels: a bug, not memory
     import torch
 
     from caltech_hpo.search import worker
 
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+    tried = []
 
-    original, worker.train = worker.train, exhausted
-    try:
-        events = play(InlineExecutor(config), Job(0, recipe()))
-    finally:
-        worker.train = original
+    def exhausted(_, prepared):
+        tried.append(prepared.micro_batch)
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        yield
+
+    monkeypatch.setattr(worker, "train", exhausted)
+    events = play(InlineExecutor(config), Job(0, recipe(batch_size=9)))
     assert events == [Failed(0, "out of memory", "tried to allocate 20 GiB")]
+    assert tried == [None, 4, 2]  # once more with fewer images, as long as it can be less

@@ -1,0 +1,176 @@
+"""Memory never ends a search: a batch that does not fit is computed in pieces."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import write_folders
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.spec import Recipe
+from caltech_hpo.training import memory as memory_module
+from caltech_hpo.training.features import Split
+from caltech_hpo.training.loop import train
+from caltech_hpo.training.memory import (
+    MicroBatches,
+    fewest_images,
+    free_memory,
+    halve_until,
+    memory_share,
+    needed_bytes,
+    with_micro_batch,
+)
+from caltech_hpo.training.prepare import prepare
+
+CPU = torch.device("cpu")
+MANY = 1 << 50
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    search = load_search_data(scan(write_folders(folder / "images", images=18)), 68, folder / "cache")
+    return Split(((search.open_training(), "a"),)), Split(((search.open_validation(), "b"),))
+
+
+def recipe(**changes) -> Recipe:
+    values = {
+        "architecture": "timm/convnext_atto", "resize": 68, "crop": 64, "batch_size": 8, "learning_rate": 0.02,
+        "epochs": 2, "precision": "fp32", "classes": 3, "data": "x", "dropout": 0.0,
+    }  # fmt: skip
+    return Recipe.model_validate(values | changes)
+
+
+def ready(made, splits, folder=None):
+    *_, prepared = prepare(made, *splits, CPU, features=folder)
+    return prepared
+
+
+def curve(made, prepared):
+    return [
+        (e.training_loss, e.validation_loss, e.validation_top1, e.micro_batch) for e in train(made, prepared)
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixup": 0.2, "label_smoothing": 0.1}, {"freeze": "features"}])
+@pytest.mark.parametrize("images", [1, 3])
+def test_pieces_add_up_to_the_batch(splits, tmp_path, changes, images):
+    made = recipe(**changes)
+    folder = tmp_path if "freeze" in changes else None
+    whole = curve(made, ready(made, splits, folder))
+    pieces = curve(made, with_micro_batch(ready(made, splits, folder), made, images))
+    for one, other in zip(whole, pieces, strict=True):
+        assert one[:3] == pytest.approx(other[:3], rel=2e-4)
+        assert (one[3], other[3]) == (None, images)
+
+
+@given(batch=st.integers(1, 1000), room=st.integers(0, 1000), fewest=st.integers(1, 2))
+def test_halving_finds_the_first_size_that_fits(batch, room, fewest):
+    tried = []
+
+    def attempt(images):
+        tried.append(images)
+        if images > room:
+            raise torch.OutOfMemoryError(str(images))
+
+    if room < min(batch, fewest):
+        with pytest.raises(torch.OutOfMemoryError):
+            halve_until(attempt, batch, fewest)
+        return
+    found = halve_until(attempt, batch, fewest)
+    assert found <= room and found == tried[-1] and tried[0] == batch
+    assert all(later == max(fewest, size // 2) for size, later in itertools.pairwise(tried))
+
+
+def test_another_error_is_no_lack_of_memory():
+    def attempt(images):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        halve_until(attempt, 8, 1)
+
+
+def test_a_limit_decides_the_images_at_a_time_once_a_kind(splits, monkeypatch):
+    made = recipe(batch_size=16)
+    prepared = ready(made, splits)
+    three, four = (needed_bytes(made, prepared, images) for images in (3, 4))
+    assert three < four
+    batches = MicroBatches(CPU, four)
+    assert batches.fit(made, prepared).micro_batch == 4
+    monkeypatch.setattr(memory_module, "needed_bytes", None)  # would fail if it were called
+    fitted = batches.fit(recipe(batch_size=16, learning_rate=0.001, seed=3), prepared)
+    assert fitted.micro_batch == 4 and fitted.validation.plan.batch_size == 4
+    assert fitted.training.plan.batch_size == 16  # a step is still a batch's
+    assert [epoch.micro_batch for epoch in train(made, fitted)] == [4, 4]
+    assert batches.shrink(made, prepared) and batches.fit(made, prepared).micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_size": 4}, {"freeze": "features"}, {"frozen_blocks": 2}, {"crop": 68}, {"optimizer": "adamw"}],
+)
+def test_another_kind_is_looked_at_again(splits, change, monkeypatch):
+    looked = []
+    monkeypatch.setattr(memory_module, "needed_bytes", lambda *given: looked.append(given) or 0)
+    batches = MicroBatches(CPU, MANY)
+    for made in (recipe(), recipe(**change)):
+        batches.fit(made, ready(made, splits))
+    assert len(looked) == 2
+
+
+def test_too_little_for_one_image_says_what_is_needed(splits):
+    made = recipe()
+    with pytest.raises(torch.OutOfMemoryError, match=r"1 images at a time need about .* GiB"):
+        MicroBatches(CPU, 1 << 20).fit(made, ready(made, splits))
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "timm/convnext_atto"])
+def test_looking_changes_nothing(splits, architecture):
+    made = recipe(architecture=architecture, dropout=0.3, crop=64)
+    plain = curve(made, ready(made, splits))
+    looked_at = MicroBatches(CPU, MANY).fit(made, ready(made, splits))
+    assert looked_at.micro_batch is None and curve(made, looked_at) == plain
+
+
+def test_a_batch_norm_that_learns_needs_two_images(splits):
+    assert fewest_images(ready(recipe(), splits).runs) == 1
+    assert fewest_images(ready(recipe(architecture="resnet18"), splits).runs) == 2
+    assert fewest_images(ready(recipe(architecture="resnet18", freeze="features"), splits).runs) == 1
+
+
+def test_the_estimate_grows_with_images_and_what_learns(splits):
+    base = needed_bytes(recipe(), ready(recipe(), splits), 8)
+    for changes, images in (({}, 16), ({"optimizer": "adamw"}, 8), ({"ema": 0.9}, 8)):
+        made = recipe(**changes)
+        assert needed_bytes(made, ready(made, splits), images) > base
+    frozen = recipe(freeze="features")
+    assert needed_bytes(frozen, ready(frozen, splits), 8) < base
+
+
+def test_workers_share_what_is_free(tmp_path, monkeypatch):
+    assert free_memory(CPU) > 1 << 20
+    assert memory_share(CPU, 1000, 4) == 250
+    assert memory_share(CPU, None, 2) <= 0.4 * (free_memory(CPU) + (1 << 30))
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(memory_module, "CGROUP", tmp_path)
+    assert free_memory(CPU) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) > 1 << 20
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_by_trying(splits):
+    device = torch.device("cuda")
+    made = recipe(architecture="vgg16", crop=64, batch_size=512)
+    share = memory_share(device, 3 << 30, 1)
+    *_, prepared = prepare(made, *splits, device)
+    fitted = MicroBatches(device, share).fit(made, prepared)
+    assert 1 <= fitted.micro_batch < 512
+    assert len(list(train(made, fitted))) == 2
+    torch.cuda.set_per_process_memory_fraction(1.0)
