@@ -9,6 +9,7 @@ from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.space import Binding
 from caltech_hpo.search.storage import default_url, open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
+from caltech_hpo.search.write_through import hold
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.study_files import load_study
 
@@ -39,6 +40,9 @@ class Curves:
             )  # fmt: skip
         yield Finished(job.number)
 
+    def event_within(self, seconds):
+        return True
+
     def next_event(self):
         event = next(e for e in self.events if not self.stopped or isinstance(e, Finished))
         self.free = int(isinstance(event, Finished))
@@ -57,7 +61,6 @@ def searched(home, accuracies, *, name="demo", trials=8, diverging=(), pruning=T
     storage = open_storage(default_url(home))
     study = open_study(storage, name, spec, "x", sampler_seed=0, allow_changed=False)
     binding = Binding(classes=10, data="x", seed=0, precision="fp32")
-    list(
-        Supervisor(study, storage, spec, Curves(accuracies, diverging), binding, pruning=pruning).run(trials)
-    )
+    curves = Curves(accuracies, diverging)
+    list(Supervisor(*hold(study, storage), spec, curves, binding, pruning=pruning).run(trials))
     return spec, trial_records(study)

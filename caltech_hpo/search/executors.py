@@ -48,6 +48,9 @@ class Executor(Protocol):
     def submit(self, job: Job) -> None:
         """Gives a job to a free worker."""
 
+    def event_within(self, seconds: float) -> bool:
+        """Whether the next event comes within so many seconds; waits no longer."""
+
     def next_event(self) -> Event:
         """Waits for the next event of any worker with a job."""
 
@@ -80,6 +83,10 @@ class InlineExecutor:
         from caltech_hpo.search.worker import run_job
 
         self._events, self._go_on = run_job(job, self._context), None
+
+    def event_within(self, seconds: float) -> bool:
+        """False: nothing happens before `next_event`."""
+        return False
 
     def next_event(self) -> Event:
         """Trains until the job's next event."""
@@ -157,6 +164,10 @@ class ProcessExecutor:
         worker.job = job.number
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # next_event will say Died
             worker.connection.send(job)
+
+    def event_within(self, seconds: float) -> bool:
+        """Whether a worker with a job speaks, or dies, within so many seconds."""
+        return bool(wait([worker.connection for worker in self._workers if worker.job is not None], seconds))
 
     def next_event(self) -> Event:
         """The next event; a dead worker is replaced before its Died is returned."""

@@ -108,6 +108,7 @@ def _run(
     from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.space import Binding, most_demanding
     from caltech_hpo.search.supervisor import Supervisor
+    from caltech_hpo.search.write_through import hold
 
     data = load_search_data(
         index, spec.recipe.resize, place.cache,
@@ -128,13 +129,15 @@ def _run(
             storage, request.study, spec, index.fingerprint,
             sampler_seed=request.seed, allow_changed=request.allow_changed,
         )  # fmt: skip
+        study, held_storage = hold(study, storage)
         enqueue(study, [complete_params(spec, params) for params in request.enqueue], say)
+        held_storage.flush()
         binding = Binding(
             classes=len(data.classes), data=data.fingerprint, seed=request.seed,
             precision=executor.ready.precision, weights_sha256=executor.ready.weights_sha256,
         )  # fmt: skip
         supervisor = Supervisor(
-            study, storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
+            study, held_storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
         )
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)

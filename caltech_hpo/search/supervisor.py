@@ -26,12 +26,16 @@ from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, Wor
 from caltech_hpo.search.pruning import divergence, lags
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY
 from caltech_hpo.search.space import Binding, recipe_for, suggest
+from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, Recipe, StudySpec
 from caltech_hpo.study_files import complete_params
 
 FAILURES_IN_A_ROW = 3
 REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
+# Epochs that come in a burst are written together: a write waits this long for the next event, and at
+# most LATEST. Both are far below what a training would repeat after a crash.
+BURST, LATEST = 0.002, 0.1  # seconds
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -53,7 +57,7 @@ class Supervisor:
     """Runs a study on an executor. The study's lock must be held."""
 
     def __init__(
-        self, study: optuna.Study, storage: optuna.storages.RDBStorage, spec: StudySpec,
+        self, study: optuna.Study, storage: WriteThroughStorage, spec: StudySpec,
         executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
     ) -> None:  # fmt: skip
         self._study, self._storage, self._spec = study, storage, spec
@@ -80,10 +84,13 @@ class Supervisor:
                 yield from self._fill(trials, deadline)
                 if not self._running:
                     return
+                if self._storage.age > LATEST or not self._executor.event_within(BURST):
+                    self._storage.flush()
                 yield from self._handle(self._executor.next_event())
         finally:
             for running in self._running.values():
                 self._give_back(running.trial.number, running.baseline, "interrupted")
+            self._storage.flush()
 
     def _cut_short(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether a row with published figures lagged: it must run to its end to be compared with them."""
@@ -142,6 +149,7 @@ class Supervisor:
         trial.set_user_attr("recipe_hash", recipe.hash)
         baseline = trial.user_attrs.get(BASELINE_ATTR, "")
         self._running[trial.number] = _Running(trial, recipe, baseline)
+        self._storage.flush()  # recorded before it is trained
         self._executor.submit(Job(trial.number, recipe))
         return TrialStarted(trial.number, params, recipe.epochs, baseline)
 
@@ -179,6 +187,7 @@ class Supervisor:
             running.trial.study.tell(running.trial, state=TrialState.PRUNED)
         else:
             running.trial.study.tell(running.trial, value)
+        self._storage.flush()  # recorded before it is shown
         self._finished += 1
         self._failures = 0
         del self._running[running.trial.number]

@@ -15,6 +15,7 @@ from caltech_hpo.search.records import best_record, finished_count, trial_record
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import default_url, open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
+from caltech_hpo.search.write_through import hold
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Published
 from caltech_hpo.study_files import complete_params, load_study
 
@@ -53,6 +54,9 @@ class Scripted:
         self.events[job.number] = self.script(job)
         self.most = max(self.most, len(self.events))
 
+    def event_within(self, seconds):
+        return len(self.jobs) % 2 == 0  # of every second trial, epochs come in bursts
+
     def next_event(self):
         number = next(iter(self.events))
         script = self.events.pop(number)
@@ -79,7 +83,7 @@ SPEC = load_study("demo")
 
 def supervise(storage, executor, trials, spec=SPEC, **options):
     study = open_study(storage, "demo", spec, "x", sampler_seed=0, allow_changed=True)
-    run = Supervisor(study, storage, spec, executor, BINDING, **options)
+    run = Supervisor(*hold(study, storage), spec, executor, BINDING, **options)
     return study, list(run.run(trials))
 
 
@@ -251,7 +255,7 @@ def test_a_search_without_pruning_keeps_what_lags_and_ends_what_diverges(storage
 
 def test_an_interrupted_search_gives_its_trials_back(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
-    run = Supervisor(study, storage, SPEC, Scripted(workers=2), BINDING).run(4)
+    run = Supervisor(*hold(study, storage), SPEC, Scripted(workers=2), BINDING).run(4)
     params = [next(run).params for _ in range(2)]
     next(run)
     run.close()
@@ -338,7 +342,7 @@ def test_a_bug_in_a_worker_ends_the_search_and_is_written_down(storage):
 
 def test_after_the_time_is_up_no_trial_begins(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
-    events = list(Supervisor(study, storage, SPEC, Scripted(), BINDING).run(50, seconds=0.0))
+    events = list(Supervisor(*hold(study, storage), SPEC, Scripted(), BINDING).run(50, seconds=0.0))
     assert events == []
 
 

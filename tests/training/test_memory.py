@@ -40,8 +40,8 @@ def splits(tmp_path_factory):
 
 def recipe(**changes) -> Recipe:
     values = {
-        "architecture": "timm/convnext_atto", "resize": 68, "crop": 64, "batch_size": 8, "learning_rate": 0.02,
-        "epochs": 2, "precision": "fp32", "classes": 3, "data": "x", "dropout": 0.0,
+        "architecture": "timm/convnext_atto", "resize": 68, "crop": 64, "batch_size": 8,
+        "epochs": 2, "precision": "fp32", "classes": 3, "data": "x", "dropout": 0.0, "learning_rate": 0.02,
     }  # fmt: skip
     return Recipe.model_validate(values | changes)
 
