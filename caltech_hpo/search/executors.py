@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from caltech_hpo.search.messages import (
     Died,
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 GLIBC_TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
 )
+
+
+Target = Callable[[Connection, Any], None]
 
 
 class Executor(Protocol):
@@ -117,10 +120,14 @@ class _Worker:
 class ProcessExecutor:
     """Local worker processes (spawn: forking after torch's threads have run hangs the child)."""
 
-    def __init__(self, config: WorkerConfig, workers: int) -> None:
-        """Starts the workers and waits until all are ready. Raises what a worker refuses with."""
-        self._config = config
+    def __init__(self, config: WorkerConfig | None, workers: int, target: Target | None = None) -> None:
+        """Starts the workers and waits until all are ready. Raises what a worker refuses with.
+
+        `target` takes the place of `worker_main`, to measure what is not training.
+        """
+        self._config, self._target = config, target
         self._workers: list[_Worker] = []
+        self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
             self._workers = [self._spawn() for _ in range(workers)]
             self.ready, *_ = [self._await_ready(worker) for worker in self._workers]
@@ -129,11 +136,12 @@ class ProcessExecutor:
             raise
 
     def _spawn(self) -> _Worker:
-        from caltech_hpo.search.worker import worker_main
-
+        target = self._target
+        if target is None:
+            from caltech_hpo.search.worker import worker_main as target
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=worker_main, args=(theirs, self._config), daemon=True)
+        process = context.Process(target=target, args=(theirs, self._config), daemon=True)
         with _worker_environment():
             process.start()
         theirs.close()  # so that the pipe closes when the worker dies
@@ -167,13 +175,18 @@ class ProcessExecutor:
 
     def event_within(self, seconds: float) -> bool:
         """Whether a worker with a job speaks, or dies, within so many seconds."""
-        return bool(wait([worker.connection for worker in self._workers if worker.job is not None], seconds))
+        if not self._ready:
+            self._ready = wait(
+                [worker.connection for worker in self._workers if worker.job is not None], seconds
+            )
+        return bool(self._ready)
 
     def next_event(self) -> Event:
         """The next event; a dead worker is replaced before its Died is returned."""
         busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
-        connection = wait(list(busy))[0]
-        worker = busy[connection]  # type: ignore[index]
+        ready = self._ready or wait(list(busy))
+        worker = busy[ready[0]]  # type: ignore[index]
+        self._ready = ready[1:]
         assert worker.job is not None
         try:
             event: Event = worker.connection.recv()

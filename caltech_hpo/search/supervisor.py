@@ -149,7 +149,6 @@ class Supervisor:
         trial.set_user_attr("recipe_hash", recipe.hash)
         baseline = trial.user_attrs.get(BASELINE_ATTR, "")
         self._running[trial.number] = _Running(trial, recipe, baseline)
-        self._storage.flush()  # recorded before it is trained
         self._executor.submit(Job(trial.number, recipe))
         return TrialStarted(trial.number, params, recipe.epochs, baseline)
 
