@@ -6,6 +6,7 @@ import typer
 
 from caltech_hpo import __version__
 from caltech_hpo.cli import (
+    bench_commands,
     confirm_commands,
     inspect_commands,
     replay_commands,
@@ -18,7 +19,9 @@ app = typer.Typer(
     help="Searches hyperparameters of image classifiers, shows the trials, and tests the best one, once.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-for commands in (search_commands, confirm_commands, result_commands, replay_commands, inspect_commands):
+for commands in (
+    search_commands, confirm_commands, result_commands, replay_commands, bench_commands, inspect_commands,
+):  # fmt: skip
     commands.register(app)
 
 

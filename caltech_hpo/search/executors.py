@@ -142,7 +142,7 @@ class ProcessExecutor:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=target, args=(theirs, self._config), daemon=True)
-        with _worker_environment():
+        with worker_environment():
             process.start()
         theirs.close()  # so that the pipe closes when the worker dies
         return _Worker(process, ours)
@@ -226,11 +226,11 @@ class ProcessExecutor:
 
 
 @contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """What a child inherits: Ctrl-C ignored from its first instant, and the allocator settings."""
+def worker_environment(*, tuned: bool = True) -> Iterator[None]:
+    """What a child inherits: Ctrl-C ignored from its first instant, and if `tuned` the allocator settings."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = os.environ.get("GLIBC_TUNABLES")
-    if sys.platform == "linux" and before is None:
+    if tuned and sys.platform == "linux" and before is None:
         os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     try:
         yield

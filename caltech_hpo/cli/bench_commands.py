@@ -1,0 +1,183 @@
+"""`bench`: how fast this machine trains and searches, beside the stock way and the floor."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from caltech_hpo.cli.bench_tables import overhead_table, speed_table
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Device,
+    Home,
+    Json,
+    answer,
+    goes_on,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.errors import UsageError
+
+if TYPE_CHECKING:
+    from caltech_hpo.cli.display import ProgressBars
+    from caltech_hpo.search.bench import Speed, StudySpeed
+    from caltech_hpo.search.request import Place
+    from caltech_hpo.spec import Hyperparameters
+
+MODELS = ("alexnet", "resnet18", "vgg16")
+# What the study is for whose wall time --workers measures, and how many trials it has.
+STUDY, TRIALS = "alexnet-scratch", 40
+ON_A_GPU = "1,2,4"
+STUDY_SECONDS = 75.0
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(bench)
+
+
+def bench(
+    study: Annotated[str | None, typer.Option("--study", help="Measure this study's recipe instead.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Architecture; may be repeated.", show_default=", ".join(MODELS)),
+    ] = None,
+    device: Device = "auto",
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement, at least.")] = 4.0,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Measurements of each, in turns; the median counts.")
+    ] = 3,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Images a step.", show_default="the study's, or the most that stock can hold"
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Also search {STUDY} for {STUDY_SECONDS:.0f} s with each of these, e.g. {ON_A_GPU}.",
+            show_default=f"{ON_A_GPU} on a GPU, else none",
+        ),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Measure what searching costs beside training, instead.")
+    ] = False,
+    trials: Annotated[int, typer.Option(min=1, help="Of --search.")] = 1000,
+    home: Home = DEFAULT_HOME,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Measure training and evaluation: the stock way, ours, and the floor, in images per second.
+
+    Stock: JPEG files in a DataLoader of 4 workers, fp32, NCHW. The floor: our step on one batch, again and
+    again. Nothing is kept but the decoded images.
+
+    Example: caltech-hpo bench --model alexnet --seconds 10
+    """
+    place = place_of(home, None, data)
+    with goes_on(), progress_bars() as bars:
+        if search:
+            measured = run_overhead(place, trials, bars)
+            answer(asdict(measured), as_json, overhead_table(measured))
+            return
+        rows, studies = run_speed(
+            place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
+        )
+    document = [speed_json(row) for row in rows] + [study_json(row) for row in studies]
+    answer(document, as_json, speed_table(rows, studies, machine()))
+
+
+def recipes(study: str | None, models: list[str]) -> list[Hyperparameters]:
+    """What is measured: the study's recipe, or stock values of each architecture."""
+    from caltech_hpo.search.request import with_own_sizes
+    from caltech_hpo.spec import Hyperparameters
+    from caltech_hpo.study_files import load_study
+    from caltech_hpo.training.summary import require_architecture
+
+    if study is not None:
+        if models:
+            raise UsageError(
+                "--study and --model together", "a study has a model of its own: give one of the two"
+            )
+        return [with_own_sizes(load_study(study)).recipe]
+    for name in models:
+        require_architecture(name)
+    return [Hyperparameters(architecture=name) for name in models or MODELS]
+
+
+def run_overhead(place: Place, trials: int, bars: ProgressBars) -> Any:
+    """What searching costs."""
+    from caltech_hpo.search.overhead import measure_overhead
+
+    return measure_overhead(place.cache, trials, lambda done, total: bars("made-up trials", done, total))
+
+
+def run_speed(
+    place: Place, values: list[Hyperparameters], device: str, seconds: float, rounds: int,
+    batch_size: int | None, workers: str | None, bars: ProgressBars,
+) -> tuple[list[Speed], list[StudySpeed]]:  # fmt: skip
+    """The rows of each recipe, and of each number of workers."""
+    from caltech_hpo.data.dataset import scan
+    from caltech_hpo.data.loading import load_search_data
+    from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed, measure_study
+    from caltech_hpo.search.request import SearchRequest
+    from caltech_hpo.search.run import locate_data
+    from caltech_hpo.study_files import load_study
+    from caltech_hpo.training.device import resolve_device
+
+    found_device = resolve_device(device)
+    device, on_gpu = str(found_device), found_device.type == "cuda"
+    counts = worker_counts(workers if workers is not None else ON_A_GPU if on_gpu else "")
+    index = scan(locate_data(load_study(STUDY), place, progress=bars, say=say))
+    rows = []
+    for recipe in values:
+        found = load_search_data(index, recipe.resize, place.cache, progress=bars)
+        size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
+        made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
+        rows += measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars)
+    studies = [
+        measure_study(
+            SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False), place,
+            seconds=STUDY_SECONDS, progress=bars,
+        )
+        for count in counts
+    ]  # fmt: skip
+    return rows, studies
+
+
+def worker_counts(text: str) -> list[int]:
+    """ "1,2,4" to [1, 2, 4]. Raises UsageError."""
+    try:
+        counts = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        counts = [0]
+    if any(count < 1 for count in counts):
+        raise UsageError(
+            f"--workers {text}: not whole numbers above 0", f"write for example --workers {ON_A_GPU}"
+        )
+    return counts
+
+
+def speed_json(row: Speed) -> dict[str, Any]:
+    """A row, its ratios included."""
+    return {**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor}
+
+
+def study_json(row: StudySpeed) -> dict[str, Any]:
+    """A row of a whole study: phase "study"."""
+    return {"phase": "study", **asdict(row)}
+
+
+def machine() -> str:
+    """Processor cores and the versions that matter."""
+    from importlib.metadata import version
+
+    python, torch = platform.python_version(), version("torch")
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {python}, torch {torch}"

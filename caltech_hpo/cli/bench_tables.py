@@ -1,0 +1,64 @@
+"""The answers of `bench` for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+
+from caltech_hpo.cli.display import duration
+from caltech_hpo.cli.tables import table_of
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.bench import Speed, StudySpeed
+    from caltech_hpo.search.overhead import Overhead
+
+MEMORY = "no memory"
+
+
+def speed_table(rows: Sequence[Speed], studies: Sequence[StudySpeed], machine: str) -> Group:
+    """Images a second side by side."""
+    cells = [
+        [row.model, row.phase, *map(_rate, (row.stock, row.ours, row.floor)), _ratio(row.over_stock),
+         _ratio(row.of_floor), "-" if row.data_wait_s is None else f"{row.data_wait_s:.2f} s",
+         str(row.batch_size)]
+        for row in rows
+    ]  # fmt: skip
+    columns = (
+        "model", "phase", "stock", "ours", "floor", "ours / stock", "ours / floor", "data wait", "batch",
+    )  # fmt: skip
+    parts: list[RenderableType] = [table_of(columns, cells, left=("model", "phase"))]
+    if studies:
+        lines = [
+            [row.study, str(row.workers), str(row.trials), str(row.epochs), duration(row.seconds),
+             f"{row.epochs / row.seconds:.2f}"]
+            for row in studies
+        ]  # fmt: skip
+        names = ("study", "workers", "trials", "epochs", "time", "epochs / s")
+        parts.append(table_of(names, lines, left=("study",)))
+    measured = f"median of {rows[0].rounds} on {rows[0].device}"
+    parts.append(f"images per second, {measured}; {machine}; data wait: of an epoch")
+    return Group(*parts)
+
+
+def _rate(images: float | None) -> str:
+    return MEMORY if images is None else f"{images:,.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def overhead_table(measured: Overhead) -> Group:
+    """What a trial costs beside its training."""
+    rows = [
+        ["ours", f"{measured.ours_ms:.1f} ms"],
+        ["Optuna's own storage", f"{measured.optuna_ms:.1f} ms"],
+    ]
+    table = table_of(("searching alone", "a trial"), rows, left=("searching alone",))
+    note = (
+        f"ask, {measured.epochs} reports, tell on SQLite: means of the last {measured.measured} of "
+        f"{measured.trials} made-up trials, which took {duration(measured.seconds)}"
+    )
+    return Group(table, note)

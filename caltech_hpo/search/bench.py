@@ -1,0 +1,223 @@
+"""Stock, ours and the floor side by side: two processes that measure in turns, so that neither disturbs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.data.dataset import DatasetIndex
+from caltech_hpo.data.loading import SearchData
+from caltech_hpo.search.executors import worker_environment
+from caltech_hpo.search.request import Place, SearchRequest
+from caltech_hpo.spec import Hyperparameters, Recipe
+
+if TYPE_CHECKING:
+    from caltech_hpo.training.bench import BenchTask, Phase, Timing, Way
+
+# (what is being measured, how many measurements are done, how many there are)
+Progress = Callable[[str, int, int], None]
+WAYS: tuple[tuple[Way, Phase], ...] = (
+    ("stock", "train"), ("ours", "train"), ("ours", "floor train"),
+    ("stock", "eval"), ("ours", "eval"), ("ours", "floor eval"),
+)  # fmt: skip
+BATCH_SIZES = (256, 128, 64, 32, 16)
+# Of the machine's memory, for stock's fp32 training; its workers decode beside it.
+STOCK_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second of one phase: training, evaluation, or a training and validation epoch as a whole.
+
+    Medians over `rounds` measurements, each stretched to an epoch of the whole data. None where it ran out
+    of memory. `data_wait_s` is what our steps waited for batches in an epoch.
+    """
+
+    model: str
+    phase: str
+    stock: float | None
+    ours: float | None
+    floor: float | None
+    data_wait_s: float | None
+    batch_size: int
+    device: str
+    rounds: int
+
+    @property
+    def over_stock(self) -> float | None:
+        """Ours / stock."""
+        return None if self.ours is None or self.stock is None else self.ours / self.stock
+
+    @property
+    def of_floor(self) -> float | None:
+        """Ours / floor."""
+        return None if self.ours is None or self.floor is None else self.ours / self.floor
+
+
+def bench_recipe(values: Hyperparameters, data: SearchData) -> Recipe:
+    """The recipe that is measured. Weights make no difference to speed: they stay random."""
+    given = values.model_dump() | {"weights": "none", "learning_rate": 1e-4, "epochs": 1}
+    return Recipe.model_validate(given | {"classes": len(data.classes), "data": data.fingerprint})
+
+
+def fitting_batch_size(architecture: str, crop: int, device: str) -> int:
+    """The largest usual batch with which stock's fp32 training fits the memory."""
+    from caltech_hpo.training.device import resolve_device
+    from caltech_hpo.training.memory import free_memory
+    from caltech_hpo.training.summary import summarize
+
+    room = STOCK_SHARE * free_memory(resolve_device(device))
+    image = summarize(architecture, crop=crop).activation_bytes
+    return next((size for size in BATCH_SIZES if size * image <= room), BATCH_SIZES[-1])
+
+
+def measure_speed(
+    recipe: Recipe, device: str, data: SearchData, index: DatasetIndex, *, seconds: float, rounds: int,
+    progress: Progress,
+) -> list[Speed]:  # fmt: skip
+    """Trains and evaluates for `seconds` a measurement; a short round before the others warms up."""
+    from caltech_hpo.training.bench import BenchTask
+
+    training, validation = (
+        tuple((index.root / sample.path, sample.label) for sample in part)
+        for part in (index.training, index.validation)
+    )
+    task = BenchTask(recipe, device, data, training, validation)
+    found: dict[tuple[Way, Phase], list[Timing]] = {key: [] for key in WAYS}
+    with _measuring(task, "stock") as stock, _measuring(task, "ours") as ours:
+        sides = {"stock": stock, "ours": ours}
+        for step in range((rounds + 1) * len(WAYS)):
+            way, phase = WAYS[step % len(WAYS)]
+            progress(f"measuring {recipe.architecture}, {way} {phase}", step, (rounds + 1) * len(WAYS))
+            warming = step < len(WAYS)
+            timing = sides[way].measure(phase, 0.0 if warming else seconds)
+            if timing is not None and not warming:
+                found[way, phase].append(timing)
+    images = {"train": len(training), "eval": len(validation)}
+    return list(_speeds(recipe, device, rounds, found, images))
+
+
+def _speeds(
+    recipe: Recipe, device: str, rounds: int, found: dict[tuple[Way, Phase], list[Timing]],
+    images: dict[str, int],
+) -> Iterator[Speed]:  # fmt: skip
+    """The rows, from the seconds that a phase takes over all of its images."""
+    seconds: dict[tuple[str, str], float | None] = {}
+    waits: dict[str, float | None] = {}
+    for (way, asked), timings in found.items():
+        column, phase = (way, asked) if not asked.startswith("floor ") else ("floor", asked[len("floor ") :])
+        count = images[phase]
+        seconds[column, phase] = _median([timing.epoch(count) for timing in timings])
+        if column == "ours":
+            waits[phase] = _median([timing.wait * count / timing.images for timing in timings])
+    for column in ("stock", "ours", "floor"):
+        seconds[column, "epoch"] = _total(seconds[column, "train"], seconds[column, "eval"])
+    waits["epoch"] = _total(waits["train"], waits["eval"])
+    for phase, count in (*images.items(), ("epoch", sum(images.values()))):
+        rates = {
+            column: None if (taken := seconds[column, phase]) is None else count / taken
+            for column in ("stock", "ours", "floor")
+        }
+        yield Speed(
+            model=recipe.architecture, phase=phase, data_wait_s=waits[phase], batch_size=recipe.batch_size,
+            device=device, rounds=rounds, **rates,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StudySpeed:
+    """A study searched with so many `workers`, for `seconds` or until it had its trials."""
+
+    study: str
+    workers: int
+    trials: int
+    epochs: int
+    seconds: float
+    device: str
+
+
+def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
+    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready."""
+    from caltech_hpo.search.events import TrialEnded, TrialEpoch
+    from caltech_hpo.search.run import open_search
+    from caltech_hpo.search.storage import default_url
+
+    place.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.cache) as name:
+        own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
+        with open_search(request, own) as opened:
+            begin = time.perf_counter()
+            epochs = finished = 0
+            for event in opened.events:
+                epochs += isinstance(event, TrialEpoch)
+                finished += isinstance(event, TrialEnded)
+                progress(f"{request.study}, {opened.workers} workers: trials", finished, request.trials)
+                if time.perf_counter() - begin > seconds:
+                    break
+            taken = time.perf_counter() - begin
+            return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _total(*parts: float | None) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+class _Side:
+    """One of the two processes; measures nothing any more once its memory did not suffice."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self.problem = connection, ""
+        self._receive()
+
+    def measure(self, phase: Phase, seconds: float) -> Timing | None:
+        if self.problem:
+            return None
+        self._connection.send((phase, seconds))
+        timing: Timing | None = self._receive()
+        return timing
+
+    def _receive(self) -> Any:
+        try:
+            message = self._connection.recv()
+        except EOFError:  # the system ends a process that takes too much memory
+            message = "its process ended"
+        if isinstance(message, str):
+            self.problem = message
+            return None
+        return message
+
+
+@contextmanager
+def _measuring(task: BenchTask, way: Way) -> Iterator[_Side]:
+    from caltech_hpo.training.bench import bench_worker
+
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # not a daemon: stock's loader has processes of its own
+    process = context.Process(target=bench_worker, args=(theirs, (task, way)))
+    with worker_environment(tuned=way == "ours"):
+        process.start()
+    theirs.close()
+    try:
+        side = _Side(ours)
+        yield side
+        if not side.problem:
+            ours.send(None)
+            process.join(timeout=10)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()

@@ -1,0 +1,259 @@
+"""How fast a machine trains: the stock way, ours, and the floor, which is the same step on one batch.
+
+Stock is what a torchvision tutorial does: a data set of JPEG files, transforms in a DataLoader of four
+workers that are started anew for every epoch, float32, NCHW, no compilation.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from caltech_hpo.data.augment import AUGMENTATIONS
+from caltech_hpo.data.loading import SearchData
+from caltech_hpo.spec import Recipe
+from caltech_hpo.training.architectures import normalization_for
+from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision
+from caltech_hpo.training.features import Split
+from caltech_hpo.training.loop import Step, train_epoch
+from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
+from caltech_hpo.training.models import untrained
+from caltech_hpo.training.optimizers import make_optimizer, make_schedule
+from caltech_hpo.training.prepare import Prepared, prepare
+
+LOADER_WORKERS = 4
+FEWEST_BATCHES = 3  # of a measurement
+
+Way = Literal["stock", "ours"]
+Phase = Literal["train", "eval", "floor train", "floor eval"]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """What is measured: a recipe on decoded images (ours) and on the files they came from (stock).
+
+    `training` and `validation` are (file, label) each.
+    """
+
+    recipe: Recipe
+    device: str
+    data: SearchData
+    training: tuple[tuple[Path, int], ...]
+    validation: tuple[tuple[Path, int], ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`images` in `seconds` after the first batch was there, which took `start`; `wait` of the seconds
+    went by while a step waited for its batch (on a GPU: while the batch's work was handed to it)."""
+
+    images: int
+    seconds: float
+    start: float
+    wait: float
+
+    def epoch(self, images: int) -> float:
+        """Seconds that an epoch of so many images takes."""
+        return self.start + self.seconds * images / self.images
+
+
+class StockImages(Dataset[Any]):
+    """JPEG files, decoded and transformed when they are asked for."""
+
+    def __init__(self, files: tuple[tuple[Path, int], ...], transform: Callable[[Any], Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from torchvision.datasets.folder import default_loader
+
+        path, label = self.files[index]
+        return self.transform(default_loader(str(path))), label
+
+
+def stock_transform(recipe: Recipe, *, training: bool) -> Callable[[Any], Tensor]:
+    """The report's preprocessing, and the recipe's augmentation, in torchvision's transforms."""
+    from torchvision import transforms
+
+    augmentation = AUGMENTATIONS[recipe.augmentation]
+    normalization = normalization_for(recipe.architecture, recipe.weights)
+    crop = transforms.RandomCrop if training and augmentation.random_crop else transforms.CenterCrop
+    steps: list[Any] = [transforms.Resize(recipe.resize), crop(recipe.crop)]
+    if training and augmentation.resized:
+        steps = [transforms.RandomResizedCrop(recipe.crop, (recipe.smallest_area, 1.0))]
+    if training and augmentation.flip:
+        steps.append(transforms.RandomHorizontalFlip(augmentation.flip))
+    if training and augmentation.rotation:
+        steps.append(transforms.RandomRotation(augmentation.rotation))
+    steps += [transforms.ToTensor(), transforms.Normalize(normalization.mean, normalization.std)]
+    composed: Callable[[Any], Tensor] = transforms.Compose(steps)
+    return composed
+
+
+class Stock:
+    """The stock way."""
+
+    def __init__(self, task: BenchTask) -> None:
+        self._task, self._device = task, resolve_device(task.device)
+        recipe = task.recipe
+        self._model = untrained(recipe.architecture, recipe.classes).to(self._device)
+        self._optimizer = torch.optim.SGD(
+            self._model.parameters(), recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self._batch_seconds: dict[Phase, float] = {}  # of the latest measurement: what fits into the next
+
+    def measure(self, phase: Phase, seconds: float) -> Timing:
+        """A whole epoch over as many images as fit into `seconds`, and at least a few batches."""
+        training = phase == "train"
+        recipe = self._task.recipe
+        files = self._task.training if training else self._task.validation
+        fitting = int(seconds / self._batch_seconds[phase]) if phase in self._batch_seconds else 0
+        count = max(FEWEST_BATCHES, fitting) * recipe.batch_size
+        loader = DataLoader(
+            StockImages(files[:count], stock_transform(recipe, training=training)), recipe.batch_size,
+            shuffle=training, num_workers=LOADER_WORKERS, pin_memory=self._device.type == "cuda",
+        )  # fmt: skip
+        self._model.train(training)
+        with torch.set_grad_enabled(training):
+            timing = timed(iter(loader), self._train if training else self._evaluate, self._device)
+        self._batch_seconds[phase] = (timing.start + timing.seconds) * recipe.batch_size / timing.images
+        return timing
+
+    def _train(self, inputs: Tensor, labels: Tensor) -> None:
+        inputs, labels = (tensor.to(self._device, non_blocking=True) for tensor in (inputs, labels))
+        self._optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self._model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+    def _evaluate(self, inputs: Tensor, labels: Tensor) -> None:
+        self._model(inputs.to(self._device, non_blocking=True))
+
+
+class Ours:
+    """Our way, and the floor."""
+
+    def __init__(self, task: BenchTask) -> None:
+        recipe, self._device = task.recipe, resolve_device(task.device)
+        torch.backends.cudnn.benchmark = True
+        splits = keep_near(self._device, task.data.open_training(), task.data.open_validation())
+        training, validation = (Split(((split, name),)) for split, name in zip(splits, "ab", strict=True))
+        *_, prepared = prepare(recipe, training, validation, self._device)
+        assert isinstance(prepared, Prepared)
+        memory = MicroBatches(self._device, memory_share(self._device, None, 1))
+        self._prepared = memory.fit(recipe, prepared)
+        optimizer = make_optimizer(prepared.model, recipe)
+        self._step = Step(
+            optimizer, make_schedule(optimizer, recipe, 1_000_000), None, self._device,
+            resolve_precision(recipe.precision, self._device), recipe.label_smoothing, prepared.prefix,
+            self._prepared.micro_batch,
+        )  # fmt: skip
+        self._one = next(self._epoch())
+
+    def _epoch(self) -> Iterator[Batch]:
+        return self._prepared.training.training(torch.Generator(), torch.Generator())
+
+    def measure(self, phase: Phase, seconds: float) -> Timing:
+        """Epochs one after another until `seconds` have passed, and a few batches at least."""
+        training = phase.endswith("train")
+        batches = self._repeated(training) if not phase.startswith("floor") else self._same()
+        limited = Limited(batches, seconds, self._device)
+        if training:
+            train_epoch(self._prepared.runs, limited, self._step)
+        else:
+            self._evaluate(limited)
+        return limited.timing()
+
+    def _repeated(self, training: bool) -> Iterator[Batch]:
+        assert self._prepared.validation is not None, "the bench has both splits"
+        while True:
+            yield from self._epoch() if training else self._prepared.validation.evaluation()
+
+    def _same(self) -> Iterator[Batch]:
+        while True:
+            yield self._one
+
+    @torch.inference_mode()
+    def _evaluate(self, batches: Limited) -> None:
+        self._prepared.runs.eval()
+        for inputs, _ in batches:
+            with autocast(self._device, self._step.precision):
+                self._prepared.runs(inputs)
+
+
+class Limited:
+    """Batches until the time is up. The time begins when the first one is there."""
+
+    def __init__(self, batches: Iterator[Batch], seconds: float, device: torch.device) -> None:
+        self._batches, self._seconds, self._device = batches, seconds, device
+        self._begin = self._first = self._end = 0.0
+        self._images = self._count = 0
+        self._wait = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        synchronize(self._device)
+        self._begin = asked = time.perf_counter()
+        for batch in self._batches:
+            now = time.perf_counter()
+            self._first = self._first or now
+            self._wait += now - asked if self._count else 0.0
+            self._images += len(batch[1])
+            self._count += 1
+            yield batch
+            asked = time.perf_counter()
+            if self._count >= FEWEST_BATCHES and asked - self._first >= self._seconds:
+                break
+        synchronize(self._device)
+        self._end = time.perf_counter()
+
+    def timing(self) -> Timing:
+        """What was measured."""
+        return Timing(self._images, self._end - self._first, self._first - self._begin, self._wait)
+
+
+def timed(batches: Iterator[Batch], step: Callable[[Tensor, Tensor], None], device: torch.device) -> Timing:
+    """Takes the step with every batch there is."""
+    limited = Limited(batches, float("inf"), device)
+    for inputs, labels in limited:
+        step(inputs, labels)
+    return limited.timing()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def bench_worker(connection: Connection, given: tuple[BenchTask, Way]) -> None:
+    """A process that measures one way: says None when it is ready, then a Timing for each phase asked.
+
+    A string takes a Timing's place where the memory does not suffice.
+    """
+    task, way = given
+    # four workers are what is measured, also where a loader advises fewer
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    runner: Stock | Ours | None = None
+    try:
+        runner = Stock(task) if way == "stock" else Ours(task)
+        connection.send(None)
+        while (asked := connection.recv()) is not None:
+            connection.send(runner.measure(*asked))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        connection.send(f"out of memory: {str(error).splitlines()[0]}")

@@ -1,0 +1,109 @@
+"""The bench measures what it says: real files, real processes; no test asks how fast anything is."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import write_folders
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.search.bench import _speeds, bench_recipe, fitting_batch_size, measure_speed, measure_study
+from caltech_hpo.search.overhead import measure_overhead
+from caltech_hpo.search.request import Place, SearchRequest
+from caltech_hpo.spec import Hyperparameters
+from caltech_hpo.training.bench import BenchTask, Ours, Stock, Timing
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    index = scan(write_folders(folder / "images", images=18))
+    return index, load_search_data(index, 36, folder / "cache")
+
+
+VALUES = Hyperparameters(
+    architecture="resnet18", resize=36, crop=32, batch_size=4, weights="imagenet",
+    augmentation="random_crop_flip",
+)  # fmt: skip
+
+
+def test_both_ways_and_the_floor_are_measured(images):
+    index, data = images
+    said = []
+    recipe = bench_recipe(VALUES, data)
+    assert recipe.weights == "none" and recipe.batch_size == 4
+    rows = measure_speed(
+        recipe, "cpu", data, index, seconds=0.05, rounds=2, progress=lambda *what: said.append(what)
+    )
+    assert [(row.model, row.phase) for row in rows] == [
+        ("resnet18", "train"), ("resnet18", "eval"), ("resnet18", "epoch"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.stock > 0 and row.ours > 0 and row.floor > 0 and row.data_wait_s >= 0
+        assert row.over_stock == row.ours / row.stock and row.of_floor == row.ours / row.floor
+        assert (row.batch_size, row.device, row.rounds) == (4, "cpu", 2)
+    assert said[0] == ("measuring resnet18, stock train", 0, 18) and len(said) == 18
+
+
+def test_rows_are_the_medians_of_whole_epochs():
+    def timings(*seconds):
+        return [Timing(images=10, seconds=value, start=1.0, wait=0.5) for value in seconds]
+
+    found = {
+        ("stock", "train"): timings(4, 2, 9), ("ours", "train"): timings(1, 1, 1),
+        ("ours", "floor train"): timings(0.5, 0.5, 0.5), ("stock", "eval"): [],
+        ("ours", "eval"): timings(1, 3, 2), ("ours", "floor eval"): timings(1, 1, 1),
+    }  # fmt: skip
+    recipe = VALUES.model_copy(update={"classes": 3})
+    train, evaluation, epoch = _speeds(recipe, "cpu", 3, found, {"train": 20, "eval": 30})
+    assert train.stock == 20 / (1 + 4 * 2) and train.ours == 20 / (1 + 2) and train.data_wait_s == 1.0
+    assert evaluation.stock is None and evaluation.over_stock is None  # no memory
+    assert evaluation.ours == 30 / (1 + 6) and evaluation.of_floor == (30 / 7) / (30 / 4)
+    assert epoch.stock is None and epoch.ours == 50 / (3 + 7) and epoch.data_wait_s == 2.5
+
+
+def test_the_ways_train_on_the_same_images(images):
+    index, data = images
+    files = [
+        tuple((index.root / s.path, s.label) for s in part) for part in (index.training, index.validation)
+    ]
+    task = BenchTask(
+        bench_recipe(VALUES.model_copy(update={"augmentation": "center_crop"}), data), "cpu", data, *files
+    )
+    stock, ours = Stock(task), Ours(task)
+    assert stock.measure("train", 0.0).images == 12  # three batches of four
+    assert stock.measure("train", 99.0).images == 18  # as many as there are
+    assert stock.measure("eval", 0.0).wait >= 0
+    assert ours.measure("train", 0.0).images >= 12 and ours.measure("floor eval", 0.0).images >= 12
+    from caltech_hpo.training.bench import StockImages, stock_transform
+
+    pixels, label = StockImages(task.training, stock_transform(task.recipe, training=True))[5]
+    (batch, labels), *_ = ours._prepared.training.in_batches_of(18).evaluation()
+    assert labels[5] == label and (batch[5] - pixels).abs().max() < 0.01
+
+
+def test_a_study_is_timed_in_a_database_of_its_own(images, tmp_path):
+    index, _ = images
+    place = Place(tmp_path / "home", "sqlite:///unused.db", index.root)
+    request = SearchRequest("demo", 2, device="cpu", baselines=False)
+    row = measure_study(request, place, seconds=60, progress=lambda *_: None)
+    assert (row.study, row.workers, row.trials) == ("demo", 1, 2) and row.epochs >= 2
+    assert not list((tmp_path / "home").rglob("*.db"))
+
+
+def test_what_searching_costs_is_counted_on_thirty_epochs(tmp_path):
+    shown = []
+    found = measure_overhead(tmp_path, 5, lambda *count: shown.append(count))
+    assert (found.trials, found.measured, found.epochs) == (5, 5, 30)
+    assert found.ours_ms > 0 and found.optuna_ms > 0 and shown == [(n, 5) for n in range(1, 6)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_batch_is_what_stock_can_hold(monkeypatch):
+    from caltech_hpo.training import memory
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 23 << 30)
+    assert fitting_batch_size("alexnet", 224, "cpu") == 256
+    assert fitting_batch_size("vgg16", 224, "cpu") == 64
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    assert fitting_batch_size("vgg16", 224, "cpu") == 16
