@@ -39,6 +39,13 @@ GLIBC_TUNABLES = (
 Target = Callable[[Connection, Any], None]
 
 
+def _run_worker(connection: Connection, config: WorkerConfig) -> None:
+    """`worker_main`, imported where it runs: this process needs no torch."""
+    from caltech_hpo.search.worker import worker_main
+
+    worker_main(connection, config)
+
+
 class Executor(Protocol):
     """Runs jobs on workers. One caller, one thread; every EpochDone must be answered."""
 
@@ -125,7 +132,7 @@ class ProcessExecutor:
 
         `target` takes the place of `worker_main`, to measure what is not training.
         """
-        self._config, self._target = config, target
+        self._config, self._target = config, target or _run_worker
         self._workers: list[_Worker] = []
         self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
@@ -136,12 +143,9 @@ class ProcessExecutor:
             raise
 
     def _spawn(self) -> _Worker:
-        target = self._target
-        if target is None:
-            from caltech_hpo.search.worker import worker_main as target
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, self._config), daemon=True)
+        process = context.Process(target=self._target, args=(theirs, self._config), daemon=True)
         with worker_environment():
             process.start()
         theirs.close()  # so that the pipe closes when the worker dies
