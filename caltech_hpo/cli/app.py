@@ -9,6 +9,7 @@ from caltech_hpo.cli import (
     bench_commands,
     confirm_commands,
     inspect_commands,
+    plan_commands,
     replay_commands,
     result_commands,
     search_commands,
@@ -20,7 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 for commands in (
-    search_commands, confirm_commands, result_commands, replay_commands, bench_commands, inspect_commands,
+    plan_commands, search_commands, confirm_commands, result_commands, replay_commands, bench_commands,
+    inspect_commands,
 ):  # fmt: skip
     commands.register(app)
 

@@ -126,3 +126,10 @@ class EpochView:
                 f"epoch {result.epoch}/{self._epochs}: {text}, {result.seconds:.0f} s, {left} left",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
+
+
+def size(count: float) -> str:
+    """Bytes as "12 MiB" or "1.5 GiB"."""
+    if count < 2**30:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.1f} GiB"

@@ -25,6 +25,7 @@ from caltech_hpo.cli.options import (
     progress_bars,
     say,
 )
+from caltech_hpo.cli.plan_commands import forecast_line
 from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
@@ -143,13 +144,10 @@ def follow(opened: run.Search, request: SearchRequest) -> None:
         f"study {request.study}: {opened.finished} of {request.trials} trials finished; "
         f"training on {opened.device}"
     )
-    view = SearchView(
-        Console(stderr=True),
-        request.study,
-        request.trials,
-        opened.records,
-        opened.workers,
-    )
+    found = opened.forecaster.forecast(request.trials) if opened.forecaster else None
+    if found:
+        say(forecast_line(found))
+    view = SearchView(Console(stderr=True), request.study, request.trials, opened.records, opened.forecaster)
     with view.shown():
         for event in opened.events:
             view.handle(event)

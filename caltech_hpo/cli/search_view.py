@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from caltech_hpo.cli.display import ProgressBars, duration, percent, short_param
 
 if TYPE_CHECKING:
     from caltech_hpo.search.events import SearchEvent
+    from caltech_hpo.search.forecast import Forecaster
     from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.spec import EpochResult
 
@@ -42,17 +42,18 @@ class SearchView:
     """The live table of a search on a terminal; plain lines elsewhere."""
 
     def __init__(
-        self, console: Console, study: str, trials: int, records: Sequence[TrialRecord], workers: int
-    ):
-        self._console, self._study, self._trials, self._workers = console, study, trials, workers
+        self, console: Console, study: str, trials: int, records: Sequence[TrialRecord],
+        forecaster: Forecaster | None,
+    ) -> None:  # fmt: skip
+        self._console, self._study, self._trials = console, study, trials
+        self._forecaster = forecaster
         done = [record for record in records if record.state in ("complete", "pruned")]
         self._finished = len(done)
         complete = [
             record.value for record in done if record.state == "complete" and record.value is not None
         ]
         self._best = max(complete, default=None)
-        self._epoch_seconds = [result.seconds for record in done for result in record.epochs]
-        self._trial_epochs = [len(record.epochs) for record in done]
+        self._left = "unknown time"
         self._rows: dict[int, _Row] = {}
         self._lines = ProgressBars(console)
 
@@ -69,6 +70,10 @@ class SearchView:
         """Takes in one event."""
         from caltech_hpo.search.events import Requeued, TrialEnded, TrialEpoch, TrialStarted, TrialWorking
 
+        if self._forecaster:
+            self._forecaster.handle(event)
+            found = self._forecaster.forecast(self._trials)
+            self._left = duration(found.seconds) if found else self._left
         if isinstance(event, TrialStarted):
             self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
             note = f" [baseline {event.baseline}]" if event.baseline else ""
@@ -87,11 +92,10 @@ class SearchView:
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]
         row.latest, row.best, row.doing = result, best, ""
-        self._epoch_seconds.append(result.seconds)
         self._line(
             f"trial {number} epoch {result.epoch}/{row.epochs}: loss {result.training_loss:.4f}, "
             f"validation {percent(result.validation_top1)} (best of trial {percent(best)}, of study "
-            f"{percent(self._best)}), {result.seconds:.0f} s, {self.time_left()} left"
+            f"{percent(self._best)}), {result.seconds:.0f} s, {self._left} left"
         )
 
     def _ended(self, number: int, state: str, value: float | None, reason: str) -> None:
@@ -99,25 +103,12 @@ class SearchView:
         row.state = state if reason in ("", "finished") else f"{state}: {reason}"
         if state in ("complete", "pruned"):
             self._finished += 1
-            self._trial_epochs.append(row.latest.epoch if row.latest else 0)
         if state == "complete" and value is not None:
             self._best = max(value, self._best or 0.0)
         self._line(
             f"trial {number} {row.state}, best validation {percent(value)}; "
             f"{self._finished} of {self._trials} finished, best of study {percent(self._best)}"
         )
-
-    def time_left(self) -> str:
-        """The expected time until all trials are finished, from the epochs seen."""
-        if not self._epoch_seconds:
-            return "unknown time"
-        usual = statistics.median(self._epoch_seconds)
-        running = [row for row in self._rows.values() if row.state == "running"]
-        planned = [row.epochs for row in self._rows.values()]
-        per_trial = statistics.mean(self._trial_epochs or planned or [0])
-        open_epochs = sum(row.epochs - (row.latest.epoch if row.latest else 0) for row in running)
-        later = max(0, self._trials - self._finished - len(running))
-        return duration(usual * (open_epochs + later * per_trial) / self._workers)
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
@@ -142,7 +133,7 @@ class SearchView:
             )
         foot = (
             f"{self._finished} of {self._trials} trials finished, best validation {percent(self._best)}, "
-            f"{self.time_left()} left"
+            f"{self._left} left"
         )
         return Group(table, foot)
 

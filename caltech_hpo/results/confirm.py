@@ -17,7 +17,7 @@ from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, ran
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, searched_data, seeded, training_failure
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.messages import EpochDone, Finished, Job, Working
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
 from caltech_hpo.search.request import Place, Say, silent
@@ -217,7 +217,7 @@ def train_all(
         elif isinstance(event, Finished):
             del running[event.job]
             yield TrainingEnded(one.training, _run(study, one))
-        else:
+        elif isinstance(event, (Failed, Died)):
             raise training_failure(event)
 
 

@@ -21,7 +21,7 @@ from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.messages import EpochDone, Finished, Job, Working
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.spec import EpochResult
 
@@ -78,8 +78,9 @@ def retrain(
                 if progress:
                     progress(event.what, event.done, event.total)
                 continue
-            if not isinstance(event, EpochDone):
+            if isinstance(event, (Failed, Died)):
                 raise training_failure(event)
+            assert isinstance(event, EpochDone), "nothing else was asked for"
             yield event.result
             executor.answer(event.job, True)
 

@@ -20,6 +20,8 @@ from caltech_hpo.search.messages import (
     Failed,
     Finished,
     Job,
+    Measure,
+    Measured,
     Ready,
     Refused,
     WorkerConfig,
@@ -55,7 +57,7 @@ class Executor(Protocol):
     def free(self) -> int:
         """How many workers have no job."""
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Measure) -> None:
         """Gives a job to a free worker."""
 
     def event_within(self, seconds: float) -> bool:
@@ -80,7 +82,7 @@ class InlineExecutor:
 
         self._context: WorkerContext = open_worker(config)
         self.ready: Ready = self._context.ready
-        self._events: Generator[Working | EpochDone | Finished | Failed, bool, None] | None = None
+        self._events: Generator[Working | EpochDone | Finished | Measured | Failed, bool, None] | None = None
         self._go_on: bool | None = None
 
     @property
@@ -88,7 +90,7 @@ class InlineExecutor:
         """1 between jobs, else 0."""
         return int(self._events is None)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Measure) -> None:
         """Prepares the job; it runs in `next_event`."""
         from caltech_hpo.search.worker import run_job
 
@@ -170,7 +172,7 @@ class ProcessExecutor:
         """Workers without a job."""
         return sum(worker.job is None for worker in self._workers)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job | Measure) -> None:
         """Sends the job to the first free worker."""
         worker = next(worker for worker in self._workers if worker.job is None)
         worker.job = job.number

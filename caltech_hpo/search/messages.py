@@ -10,6 +10,7 @@ from caltech_hpo.data.loading import SearchData
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.spec import EpochResult, Hyperparameters, Recipe
 from caltech_hpo.terms import Precision
+from caltech_hpo.timings import StepTime
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class Job:
     number: int
     recipe: Recipe
     keep: Path | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Time a few steps of each recipe, in this order; begin none after `seconds`, but do the first."""
+
+    number: int
+    recipes: tuple[Recipe, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,14 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a `Measure` found, of as many recipes as there was time for."""
+
+    job: int
+    times: tuple[StepTime, ...]
+
+
+@dataclass(frozen=True)
 class Failed:
     """A job ended without a result. "bug" carries a traceback in `message`."""
 
@@ -99,7 +117,7 @@ class Died:
     exit_code: int
 
 
-Event = Working | EpochDone | Finished | Failed | Died
+Event = Working | EpochDone | Finished | Measured | Failed | Died
 
 
 class WorkerBugError(RuntimeError):

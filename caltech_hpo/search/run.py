@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from caltech_hpo.data.loading import SearchData
     from caltech_hpo.search.events import SearchEvent
     from caltech_hpo.search.executors import ProcessExecutor
+    from caltech_hpo.search.forecast import Forecaster
     from caltech_hpo.search.records import TrialRecord
 
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class Search:
     """A search that is about to begin; `records` are the trials it finds.
 
-    `events` is empty, and `device` and `workers` too, when the study has its trials already.
+    `events` is empty, and `device` and `workers` too, when the study has its trials already; else
+    `forecaster` says how long it will take, and learns from the events it is given.
     """
 
     spec: StudySpec
@@ -40,6 +42,7 @@ class Search:
     events: Iterator[SearchEvent]
     device: str = ""
     workers: int = 0
+    forecaster: Forecaster | None = None
 
     @property
     def finished(self) -> int:
@@ -105,8 +108,9 @@ def _run(
     progress: Progress | None, say: Say,
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
+    from caltech_hpo.search.planning import binding_of, forecaster_for
     from caltech_hpo.search.records import trial_records
-    from caltech_hpo.search.space import Binding, most_demanding
+    from caltech_hpo.search.space import most_demanding
     from caltech_hpo.search.supervisor import Supervisor
     from caltech_hpo.search.write_through import hold
 
@@ -132,17 +136,16 @@ def _run(
         study, held_storage = hold(study, storage)
         enqueue(study, [complete_params(spec, params) for params in request.enqueue], say)
         held_storage.flush()
-        binding = Binding(
-            classes=len(data.classes), data=data.fingerprint, seed=request.seed,
-            precision=executor.ready.precision, weights_sha256=executor.ready.weights_sha256,
-        )  # fmt: skip
+        binding = binding_of(executor, data, request)
+        records = trial_records(study)
+        forecaster = forecaster_for(executor, spec, records, data, request, progress)
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
         )
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds)
         try:
-            yield Search(spec, trial_records(study), events, executor.ready.device, workers)
+            yield Search(spec, records, events, executor.ready.device, workers, forecaster)
         finally:
             events.close()  # gives trials still running back to the queue
 

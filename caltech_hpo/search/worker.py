@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import time
 import traceback
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from caltech_hpo.search.messages import (
     Failed,
     Finished,
     Job,
+    Measure,
+    Measured,
     Ready,
     Refused,
     WorkerConfig,
     Working,
 )
 from caltech_hpo.spec import EpochResult
+from caltech_hpo.timings import StepTime
 from caltech_hpo.training.checkpoint import save_weights
 from caltech_hpo.training.device import describe_device, keep_near, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
@@ -34,9 +38,10 @@ from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
+from caltech_hpo.training.timing import time_steps
 
 PACKAGES = ("caltech-hpo", "torch", "torchvision", "timm", "optuna")
-JobEvent = Working | EpochDone | Finished | Failed
+JobEvent = Working | EpochDone | Finished | Measured | Failed
 # Between progress messages of one job, in parts of the whole.
 PROGRESS_STEPS = 50
 
@@ -92,13 +97,13 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     )
 
 
-def run_job(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:
+def run_job(job: Job | Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:
     """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished or Failed.
 
-    `Working` comes before the first epoch and takes no answer.
+    `Working` comes before the first epoch and takes no answer. A Measure ends with Measured or Failed.
     """
     try:
-        yield from _epochs(job, context)
+        yield from _epochs(job, context) if isinstance(job, Job) else _measure(job, context)
     except CaltechHpoError as error:
         yield Failed(job.number, "refused", str(error))
     except Exception as error:
@@ -155,6 +160,22 @@ def _report(job: Job, prepared: Prepared, results: Iterable[EpochResult]) -> Gen
         if not go_on:
             break
     yield Finished(job.number)
+
+
+def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:
+    begin = time.monotonic()
+    times: list[StepTime] = []
+    for number, recipe in enumerate(job.recipes):
+        if times and time.monotonic() - begin > job.seconds:
+            break
+        yield Working(job.number, "timing steps", number, len(job.recipes))
+        times.append(
+            time_steps(
+                recipe, context.training, context.validation, context.device, context.memory,
+                features=context.features is not None,
+            )
+        )  # fmt: skip
+    yield Measured(job.number, tuple(times))
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:

@@ -22,7 +22,7 @@ from caltech_hpo.data.augment import AUGMENTATIONS
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import normalization_for
-from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision
+from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision, synchronize
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import Step, train_epoch
 from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
@@ -229,14 +229,6 @@ def timed(batches: Iterator[Batch], step: Callable[[Tensor, Tensor], None], devi
     for inputs, labels in limited:
         step(inputs, labels)
     return limited.timing()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def bench_worker(connection: Connection, given: tuple[BenchTask, Way]) -> None:

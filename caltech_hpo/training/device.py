@@ -95,6 +95,14 @@ def train_depthwise_in_fp32(model: nn.Module, device: torch.device, precision: P
                 module.__class__ = type(f"{kind.__name__}LearningInFp32", (_LearnsInFp32, kind), {})
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def keep_near(device: torch.device, *splits: LabeledImages) -> list[Images]:
     """The splits, copied into a GPU's memory where they take at most a quarter of what is free there."""
     if device.type != "cuda":

@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.data.batches import BatchPlan, Images
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import DataError
@@ -53,13 +52,6 @@ class Split:
     def images(self) -> Images:
         """All of them."""
         return functools.reduce(operator.add, (images for images, _ in self.parts))
-
-
-def views_of(recipe: Recipe) -> int:
-    """How many views of an image training draws from: 1, 2 (mirrored too), or 0 for no finite number."""
-    drawn = recipe.mixup or recipe.cutmix or recipe.erasing or recipe.color_jitter
-    plain = {Augmentation(): 1, Augmentation(flip=0.5): 2}
-    return 0 if drawn else plain.get(AUGMENTATIONS[recipe.augmentation], 0)
 
 
 def feature_source(

@@ -14,8 +14,9 @@ from torch import nn
 from caltech_hpo.errors import WeightsError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import TIMM
+from caltech_hpo.timings import views_of
 from caltech_hpo.training.device import resolve_precision, train_depthwise_in_fp32
-from caltech_hpo.training.features import Split, Step, feature_source, views_of
+from caltech_hpo.training.features import Split, Step, feature_source
 from caltech_hpo.training.freezing import apply_freeze, split_frozen
 from caltech_hpo.training.models import build_model, weights_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for

@@ -14,9 +14,10 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
+from caltech_hpo.timings import views_of
 from caltech_hpo.training import features as features_module
 from caltech_hpo.training.checkpoint import load_weights, save_weights
-from caltech_hpo.training.features import Split, read_features, views_of
+from caltech_hpo.training.features import Split, read_features
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.loop import evaluate, train
 from caltech_hpo.training.prepare import frozen_parts, model_for, prepare

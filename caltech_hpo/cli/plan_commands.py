@@ -1,0 +1,116 @@
+"""`plan`: what a study will cost on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+
+from caltech_hpo.cli.display import duration, size
+from caltech_hpo.cli.options import (
+    DEFAULT_HOME,
+    Data,
+    Device,
+    Home,
+    Json,
+    Skip,
+    Storage,
+    Study,
+    answer,
+    goes_on,
+    place_of,
+    progress_bars,
+    say,
+)
+from caltech_hpo.cli.tables import table_of
+from caltech_hpo.search.request import SearchRequest
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.forecast import Forecast
+    from caltech_hpo.search.planning import Plan
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command()(plan)
+
+
+def plan(
+    study: Study,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Finished trials that the study shall have in all.")
+    ] = 40,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that train at once.")] = 1,
+    device: Device = "auto",
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Without the hand-tuned rows.")
+    ] = False,
+    no_pruning: Annotated[bool, typer.Option("--no-pruning", help="As if no trial were pruned.")] = False,
+    skip_unreadable: Skip = False,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Foretell what a search will cost in time, memory and disk, from a few steps timed here.
+
+    What pruning saves is learnt from the study's own trials, and assumed where there are none.
+
+    Example: caltech-hpo plan --study alexnet-scratch --trials 40
+    """
+    from caltech_hpo.search.planning import make_plan
+
+    request = SearchRequest(
+        study, trials, workers=workers, device=device, baselines=not no_baselines, pruning=not no_pruning,
+        skip_unreadable=skip_unreadable,
+    )  # fmt: skip
+    with goes_on(), progress_bars() as bars:
+        made = make_plan(request, place_of(home, storage, data), progress=bars, say=say)
+    answer(plan_json(made), as_json, plan_text(made))
+
+
+def forecast_line(found: Forecast) -> str:
+    """ "34 trials in about 2 h 10 min (80%: 95 min to 2 h 40 min), half of them pruned"."""
+    source = f"counted over {found.history} trials" if found.history else "assumed, there is no history"
+    return (
+        f"{found.trials} trials in about {duration(found.seconds)} (80% likely: {duration(found.low)} to "
+        f"{duration(found.high)}); {found.epochs:.0f} epochs a trial, {found.pruned:.0%} of them pruned "
+        f"({source})"
+    )
+
+
+def plan_json(made: Plan) -> dict[str, Any]:
+    """The plan; seconds and bytes."""
+    return {
+        "study": made.study, "trials": made.trials, "workers": made.workers, "device": made.device,
+        "remaining": made.forecast.trials, "seconds": made.forecast.seconds,
+        "seconds_low": made.forecast.low, "seconds_high": made.forecast.high,
+        "epochs_a_trial": made.forecast.epochs, "pruned": made.forecast.pruned,
+        "history_trials": made.forecast.history,
+        "kinds": [
+            {**time.kind.model_dump(), "epoch_seconds": epoch, "setup_seconds": time.setup,
+             "memory": time.memory}
+            for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
+        ],
+        "memory": made.memory,
+        "disk": {"pixels": made.pixels, "features": made.features, "weights": made.weights},
+    }  # fmt: skip
+
+
+def plan_text(made: Plan) -> Group:
+    """The plan for people."""
+    rows = [
+        [time.kind.freeze, str(time.kind.frozen_blocks), str(time.kind.batch_size),
+         "kept" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s", size(time.memory)]
+        for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
+    ]  # fmt: skip
+    columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "memory")
+    together = f", {made.workers} workers together" if made.workers > 1 else ""
+    return Group(
+        table_of(columns, rows, left=("freeze",), title=f"study {made.study} on {made.device}"),
+        forecast_line(made.forecast),
+        f"memory: up to {size(made.memory)}{together}",
+        f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, "
+        f"weights of one model {size(made.weights)}",
+    )

@@ -1,0 +1,222 @@
+"""How long a study will take: steps timed here, times what the space draws, less what is pruned."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from caltech_hpo.search.events import SearchEvent, TrialEnded, TrialEpoch, TrialStarted
+from caltech_hpo.search.records import TrialRecord
+from caltech_hpo.search.space import suggest
+from caltech_hpo.spec import Hyperparameters, StudySpec
+from caltech_hpo.timings import Kind, StepTime, kind_of
+
+DRAWN = 200  # parameter sets that stand for what the sampler will propose
+SIMULATED = 400  # studies
+# What pruning does where a study has no history: between hardly anything and nearly all of what may be
+# pruned (a Beta distribution; its middle half lies between a third and two thirds).
+ASSUMED_PRUNED, ASSUMED_KEPT = 2, 2
+# Pruned at once, or after up to this share of what is left behind the warm-up.
+ASSUMED_DELAY = 0.3
+TIMING_ERROR = 0.08  # standard deviation of the log: steps timed once are not the steps of an hour
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds until the study has its trials: the median of simulated studies, and the middle 80% of them.
+
+    `epochs` a trial and the share `pruned` are expected; `history` trials have taught it.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    trials: int
+    epochs: float
+    pruned: float
+    history: int
+
+
+@dataclass
+class Costs:
+    """Seconds of setting up and of an epoch, for any kind: as seen, else as timed, else of the nearest."""
+
+    times: Sequence[StepTime]
+    images: tuple[int, int]  # training, validation
+    seen: dict[Kind, list[float]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was timed or seen."""
+        return bool(self.times or self.seen)
+
+    def epoch(self, kind: Kind) -> float:
+        """Seconds of an epoch."""
+        if kind in self.seen:
+            return statistics.median(self.seen[kind])
+        if not self.times:
+            return statistics.median(self.seen[min(self.seen, key=kind.distance)])
+        return self._timed(kind) * self._correction()
+
+    def setup(self, kind: Kind) -> float:
+        """Seconds before a trial's first epoch."""
+        nearest = min(self.times, key=lambda time: kind.distance(time.kind), default=None)
+        return nearest.setup if nearest else 0.0
+
+    def once(self, kinds: set[Kind]) -> float:
+        """Seconds for the outputs of frozen prefixes, computed once for each of them."""
+        deepest: dict[tuple[str, int], float] = {}
+        for time in self.times:
+            if time.kind in kinds and time.kind not in self.seen:
+                prefix = (time.kind.freeze, time.kind.frozen_blocks)
+                views = time.kind.views * self.images[0] + self.images[1]
+                deepest[prefix] = max(deepest.get(prefix, 0.0), time.once * views)
+        return sum(deepest.values())
+
+    def _timed(self, kind: Kind) -> float:
+        nearest = min(self.times, key=lambda time: kind.distance(time.kind))
+        share = kind.batch_size / nearest.kind.batch_size
+        same_size = nearest.model_copy(update={"kind": kind, "batch": nearest.batch * share})
+        return same_size.epoch(*self.images)
+
+    def _correction(self) -> float:
+        """What epochs took as a multiple of what the timed steps promised."""
+        ratios = [statistics.median(found) / self._timed(kind) for kind, found in self.seen.items()]
+        return statistics.median(ratios) if ratios else 1.0
+
+
+@dataclass
+class _Trial:
+    kind: Kind
+    epochs: int
+    done: int = 0
+
+
+class Forecaster:
+    """Foretells a study, and learns from each event of its search."""
+
+    def __init__(
+        self, spec: StudySpec, records: Sequence[TrialRecord], costs: Costs, *, pruning: bool = True,
+        baselines: bool = True, parallel: int = 1,
+    ) -> None:  # fmt: skip
+        """`records` are the trials so far; `parallel` trainings run at once, each as `costs` says."""
+        self._spec, self._costs, self._parallel = spec, costs, parallel
+        self._pruning = pruning and spec.pruner.name != "none"
+        self._running: dict[int, _Trial] = {}
+        self._ends: list[tuple[bool, float]] = []  # of each finished trial: pruned?, share of its epochs run
+        self._finished = 0
+        done = [record for record in records if record.state in ("complete", "pruned")]
+        for record in done:
+            self._learn(record)
+        tried = {record.baseline for record in records}
+        rows = [row for row in spec.baselines if row.name not in tried] if baselines else []
+        self._queued = [self._values(row.params) for row in rows]
+        self._params = draw(spec, DRAWN)
+        self._drawn = [self._values(params) for params in self._params]
+        self._kinds = [kind_of(values) for values in self._drawn]
+        self._rows = [row.params for row in rows]
+
+    def _values(self, params: dict[str, Any]) -> Hyperparameters:
+        return self._spec.recipe.model_copy(update=params)
+
+    def _learn(self, record: TrialRecord) -> None:
+        self._finished += 1
+        if record.recipe is None or not record.epochs:
+            return
+        kind = kind_of(record.recipe)
+        self._costs.seen.setdefault(kind, []).extend(result.seconds for result in record.epochs)
+        if not record.baseline:
+            self._ends.append((record.state == "pruned", len(record.epochs) / record.recipe.epochs))
+
+    def handle(self, event: SearchEvent) -> None:
+        """Takes in one event of the search."""
+        if isinstance(event, TrialStarted):
+            values = self._values(event.params)
+            self._queued = [other for other in self._queued if other != values]
+            self._running[event.number] = _Trial(kind_of(values), event.epochs)
+        elif isinstance(event, TrialEpoch):
+            trial = self._running[event.number]
+            trial.done = event.result.epoch
+            self._costs.seen.setdefault(trial.kind, []).append(event.result.seconds)
+        elif isinstance(event, TrialEnded):
+            trial = self._running.pop(event.number)
+            if event.state in ("complete", "pruned"):
+                self._finished += 1
+                self._ends.append((event.state == "pruned", trial.done / trial.epochs))
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Parameters of one training of each kind to be expected, the most frequent kind first."""
+        counted: Counter[Kind] = Counter()
+        found: dict[Kind, dict[str, Any]] = {}
+        for params in (*self._rows, *self._params):
+            kind = kind_of(self._values(params))
+            counted[kind] += 1
+            found.setdefault(kind, params)
+        return [found[kind] for kind, _ in counted.most_common()]
+
+    def forecast(self, trials: int) -> Forecast | None:
+        """Until the study has `trials` finished ones; None where nothing was timed or seen."""
+        if not self._costs.known:
+            return None
+        left = max(0, trials - self._finished - len(self._running))
+        queued, random = self._queued[:left], np.random.default_rng(0)
+        drawn = left - len(queued)
+        fixed = sum(self._whole(values) for values in queued)
+        fixed += sum((t.epochs - t.done) * self._costs.epoch(t.kind) for t in self._running.values())
+        new = set(self._kinds if drawn else []) | {kind_of(values) for values in queued}
+        fixed += self._costs.once(new)
+        setup, epoch_seconds = self._columns()
+        lengths = np.array([values.epochs for values in self._drawn])
+        chosen = random.integers(len(lengths), size=(SIMULATED, drawn))
+        pruned, shares = self._simulated_pruning(random, drawn, lengths[chosen])
+        epochs = np.maximum(1, np.round(shares * lengths[chosen]))
+        seconds = (setup[chosen] + epochs * epoch_seconds[chosen]).sum(1) + fixed
+        seconds *= np.exp(random.normal(0, TIMING_ERROR, SIMULATED)) / self._parallel
+        low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
+        return Forecast(
+            float(middle), float(low), float(high), left, float(epochs.mean()) if drawn else 0.0,
+            float(pruned.mean()) if drawn else 0.0, len(self._ends),
+        )  # fmt: skip
+
+    def _whole(self, values: Hyperparameters) -> float:
+        kind = kind_of(values)
+        return self._costs.setup(kind) + values.epochs * self._costs.epoch(kind)
+
+    def _columns(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        known = {kind: (self._costs.setup(kind), self._costs.epoch(kind)) for kind in set(self._kinds)}
+        setup, epoch = zip(*(known[kind] for kind in self._kinds), strict=True)
+        return np.array(setup), np.array(epoch)
+
+    def _simulated_pruning(
+        self, random: np.random.Generator, drawn: int, lengths: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Which trials are pruned, and the share of its epochs that each runs; (SIMULATED, drawn) both."""
+        if not self._pruning:
+            return np.zeros(lengths.shape, bool), np.ones(lengths.shape)
+        early = [share for was_pruned, share in self._ends if was_pruned]
+        kept = len(self._ends) - len(early)
+        if self._ends:
+            chance = random.beta(1 + len(early), 1 + kept, (SIMULATED, 1))
+        else:
+            chance = random.beta(ASSUMED_PRUNED, ASSUMED_KEPT, (SIMULATED, 1))
+        pruned = random.random(lengths.shape) < chance
+        pruned[:, : max(0, self._spec.pruner.startup_trials - self._finished)] = False
+        warmup = np.minimum(1.0, self._spec.pruner.warmup_epochs / lengths)
+        stops = warmup + ASSUMED_DELAY * (1 - warmup) * random.random(lengths.shape)
+        if early:
+            stops = random.choice(np.array(early), size=lengths.shape)
+        return pruned, np.where(pruned, stops, 1.0)
+
+
+def draw(spec: StudySpec, count: int) -> list[dict[str, Any]]:
+    """Parameter sets from all over the space."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [suggest(study.ask(), spec) for _ in range(count)]

@@ -1,0 +1,146 @@
+"""What a search will cost in time, memory and disk, from a few steps timed where it will run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.data.cache import Progress
+from caltech_hpo.search.executors import Executor
+from caltech_hpo.search.forecast import Costs, Forecast, Forecaster
+from caltech_hpo.search.messages import Died, Failed, Measure, Measured, Working
+from caltech_hpo.search.request import Place, Say, SearchRequest, silent
+from caltech_hpo.search.space import Binding, recipe_for
+from caltech_hpo.spec import StudySpec
+from caltech_hpo.timings import StepTime
+
+if TYPE_CHECKING:
+    from caltech_hpo.data.loading import SearchData
+    from caltech_hpo.search.records import TrialRecord
+
+PLAN_SECONDS, SEARCH_SECONDS = 60.0, 15.0  # no further kind is timed after them
+ENOUGH_TRIALS = 3  # finished ones, that say more than timed steps
+MEASURE = -1  # the job's number: no trial has it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be expected of a study on this machine. Bytes; `timed` are the kinds that were timed.
+
+    `memory` is what the most demanding kind takes beside the worker itself, all workers together. Workers
+    share one device: they are not counted on to be faster than one that has it to itself.
+    """
+
+    study: str
+    trials: int
+    workers: int
+    device: str
+    forecast: Forecast
+    timed: tuple[StepTime, ...]
+    epoch_seconds: tuple[float, ...]
+    memory: int
+    pixels: int
+    features: int
+    weights: int
+
+
+def make_plan(
+    request: SearchRequest, place: Place, *, progress: Progress | None = None, say: Say = silent
+) -> Plan:
+    """Times a few steps; the study, if there is one, is only read. Raises as a search would."""
+    from caltech_hpo.data.dataset import scan
+    from caltech_hpo.data.loading import load_search_data
+    from caltech_hpo.errors import CaltechHpoError
+    from caltech_hpo.search.records import trial_records
+    from caltech_hpo.search.request import resolve_spec
+    from caltech_hpo.search.run import locate_data, open_executor
+    from caltech_hpo.search.space import most_demanding
+    from caltech_hpo.search.storage import find_study, open_existing
+
+    spec = resolve_spec(request)
+    stored = find_study(open_existing(place.storage), request.study)
+    records = trial_records(stored) if stored is not None else []
+    index = scan(locate_data(spec, place, progress=progress, say=say))
+    data = load_search_data(
+        index, spec.recipe.resize, place.cache, skip_unreadable=request.skip_unreadable, progress=progress
+    )
+    say("starting a worker")
+    with open_executor(
+        most_demanding(spec), data, device=request.device, features=place.features, memory=request.memory
+    ) as executor:
+        binding = binding_of(executor, data, request)
+        examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
+        times = time_kinds(executor, spec, examples, binding, PLAN_SECONDS, progress)
+        ready = executor.ready
+    if not times:
+        raise CaltechHpoError(
+            f"study '{request.study}': no step of it could be timed", "look: caltech-hpo search --smoke"
+        )
+    images = split_sizes(data)
+    costs = Costs(times, images)
+    forecaster = Forecaster(spec, records, costs, pruning=request.pruning, baselines=request.baselines)
+    forecast = forecaster.forecast(request.trials)
+    assert forecast is not None, "kinds were timed"
+    views = {
+        (time.kind.freeze, time.kind.frozen_blocks): time.kept * (time.kind.views * images[0] + images[1])
+        for time in sorted(times, key=lambda time: time.kind.views)
+    }
+    return Plan(
+        request.study, request.trials, request.workers, ready.device, forecast, times,
+        tuple(costs.epoch(time.kind) for time in times),
+        memory=request.workers * max(time.memory for time in times),
+        pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
+        features=sum(views.values()), weights=max(time.weights for time in times),
+    )  # fmt: skip
+
+
+def binding_of(executor: Executor, data: SearchData, request: SearchRequest) -> Binding:
+    """What recipes need besides the study's values."""
+    ready = executor.ready
+    return Binding(
+        classes=len(data.classes), data=data.fingerprint, seed=request.seed, precision=ready.precision,
+        weights_sha256=ready.weights_sha256,
+    )  # fmt: skip
+
+
+def split_sizes(data: SearchData) -> tuple[int, int]:
+    """How many images training and validation have."""
+    return len(data.open_training()), len(data.open_validation())
+
+
+def forecaster_for(
+    executor: Executor, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
+    request: SearchRequest, progress: Progress | None,
+) -> Forecaster:  # fmt: skip
+    """What a search shows its time left by. A study with some history on this device needs no timing."""
+    costs = Costs((), split_sizes(data))
+    here = [record for record in records if record.device in ("", executor.ready.device)]
+    known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
+    if not known and request.subset is None:
+        examples = Forecaster(spec, here, costs, baselines=request.baselines).examples()
+        binding = binding_of(executor, data, request)
+        costs = Costs(time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress), costs.images)
+    return Forecaster(
+        spec, here, costs, pruning=request.pruning, baselines=request.baselines, parallel=request.workers
+    )
+
+
+def time_kinds(
+    executor: Executor, spec: StudySpec, examples: Sequence[dict[str, Any]], binding: Binding, seconds: float,
+    progress: Progress | None,
+) -> tuple[StepTime, ...]:  # fmt: skip
+    """Step times of the examples, the first ones where time is short; none where a step cannot be taken.
+
+    That is no error here: the trial itself will say what is wrong.
+    """
+    recipes = [recipe_for(spec, params, binding) for params in examples]
+    executor.submit(Measure(MEASURE, tuple(recipes), seconds))
+    while True:
+        event = executor.next_event()
+        if isinstance(event, Working) and progress:
+            progress(event.what, event.done, event.total)
+        elif isinstance(event, Measured):
+            return event.times
+        elif isinstance(event, (Failed, Died)):
+            return ()

@@ -1,0 +1,119 @@
+"""Times a few steps of a training, so that its whole can be foretold."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from caltech_hpo.spec import Recipe
+from caltech_hpo.timings import StepTime, kind_of, views_of
+from caltech_hpo.training.device import autocast, resolve_precision, synchronize
+from caltech_hpo.training.features import MOST_BYTES, Split, feature_bytes
+from caltech_hpo.training.loop import Step, train_epoch
+from caltech_hpo.training.memory import MicroBatches, needed_bytes
+from caltech_hpo.training.optimizers import make_optimizer, make_schedule
+from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
+from caltech_hpo.training.sources import FeatureSource, plan_for
+
+STEPS = 2  # timed ones, after one that warms up
+SLOW = 4.0  # seconds: a first step that takes longer is taken for the others
+
+
+def time_steps(
+    recipe: Recipe, training: Split, validation: Split, device: torch.device, memory: MicroBatches, *,
+    features: bool,
+) -> StepTime:  # fmt: skip
+    """Prepares the recipe and times a few of its steps on real images; nothing is kept.
+
+    `features` says whether a worker keeps a frozen prefix's outputs. Raises torch.OutOfMemoryError.
+    """
+    begin = time.perf_counter()
+    *_, prepared = prepare(recipe, training, validation, device)
+    assert isinstance(prepared, Prepared), "prepare ends with it"
+    once, kept = 0.0, 0
+    parts = frozen_parts(prepared.model, recipe) if features and views_of(recipe) else None
+    if parts is not None:
+        plan = plan_for(recipe, device)
+        precision = resolve_precision(recipe.precision, device)
+        kept = feature_bytes(parts[0], plan, precision)
+        if kept > MOST_BYTES:
+            parts, kept = None, 0
+    setup = time.perf_counter() - begin
+    if parts is not None:
+        prefix, rest = parts
+        inputs, labels = next(prepared.training.evaluation())
+        once, outputs = _timed_outputs(prefix, inputs, recipe, device)
+        source = FeatureSource((outputs, outputs), labels, plan_for(recipe, device))
+        prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
+    begin = time.perf_counter()
+    prepared = memory.fit(recipe, prepared)
+    setup += time.perf_counter() - begin
+    batch, evaluation = _training_time(recipe, prepared), _evaluation_time(recipe, prepared)
+    weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
+    return StepTime(
+        kind=kind_of(recipe), setup=setup, batch=batch, evaluation=evaluation, once=once, kept=kept,
+        weights=weights,
+        memory=weights + needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
+    )  # fmt: skip
+
+
+def _training_time(recipe: Recipe, prepared: Prepared) -> float:
+    """Seconds of a training batch, the making of the batch included."""
+    optimizer = make_optimizer(prepared.model, recipe)
+    step = Step(
+        optimizer, make_schedule(optimizer, recipe, 1_000_000), None, prepared.device,
+        resolve_precision(recipe.precision, prepared.device), recipe.label_smoothing, prepared.prefix,
+        prepared.micro_batch,
+    )  # fmt: skip
+    batches = _endless(prepared)
+    found: list[float] = []
+    while len(found) <= STEPS and not (found and found[0] > SLOW):
+        begin = time.perf_counter()
+        train_epoch(prepared.runs, [next(batches)], step)  # ends with reading the loss, which waits for a GPU
+        found.append(time.perf_counter() - begin)
+    return statistics.fmean(found[1:] or found)
+
+
+@torch.inference_mode()
+def _evaluation_time(recipe: Recipe, prepared: Prepared) -> float:
+    """Seconds of a validation image."""
+    assert prepared.validation is not None, "a study is scored on its validation images"
+    prepared.runs.eval()
+    found: list[float] = []
+    views = 2 if recipe.test_time_flip else 1
+    precision = resolve_precision(recipe.precision, prepared.device)
+    while len(found) <= STEPS and not (found and found[0] > SLOW):
+        batches = prepared.validation.evaluation()
+        begin = time.perf_counter()
+        inputs, labels = next(batches)
+        with autocast(prepared.device, precision):
+            prepared.runs(inputs)
+        synchronize(prepared.device)
+        found.append((time.perf_counter() - begin) / len(labels))
+    return views * statistics.fmean(found[1:] or found)
+
+
+def _timed_outputs(
+    prefix: torch.nn.Module, inputs: Tensor, recipe: Recipe, device: torch.device
+) -> tuple[float, Tensor]:
+    """Seconds an image that a frozen prefix takes, and its outputs."""
+    prefix.eval()
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        begin = time.perf_counter()
+        with torch.inference_mode(), autocast(device, resolve_precision(recipe.precision, device)):
+            outputs = prefix(inputs)
+        synchronize(device)
+        seconds = time.perf_counter() - begin
+    # made outside of inference mode, whose tensors cannot be trained on
+    return seconds / len(inputs), torch.empty_like(outputs).copy_(outputs)
+
+
+def _endless(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from prepared.training.training(torch.Generator(), torch.Generator())

@@ -1,0 +1,177 @@
+"""What is foretold follows from the costs, the space, and what pruning did before."""
+
+from __future__ import annotations
+
+import pytest
+
+from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
+from caltech_hpo.ranges import Choices, IntRange
+from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialStarted
+from caltech_hpo.search.forecast import Costs, Forecaster, draw
+from caltech_hpo.search.records import TrialRecord
+from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
+from caltech_hpo.study_files import load_study
+from caltech_hpo.timings import CONCAT_COPIES, Kind, StepTime, kind_of, views_of
+
+DEMO = load_study("demo")
+FIXED = {"augmentation": "random_crop_flip", "batch_size": 10, "epochs": 10}
+SPEC = DEMO.model_copy(
+    update={
+        "recipe": DEMO.recipe.model_copy(update=FIXED),
+        "space": {"learning_rate": DEMO.space["learning_rate"]},
+        "pruner": PrunerSpec(name="median", warmup_epochs=2, startup_trials=1),
+        "baselines": (),
+    }
+)
+KIND = kind_of(SPEC.recipe)
+# 100 training images in batches of 10, 50 validation images: an epoch takes 10 * 0.1 + 50 * 0.02 = 2 s
+TIME = StepTime(kind=KIND, setup=1.0, batch=0.1, evaluation=0.02)
+IMAGES = (100, 50)
+
+
+def record(number, epochs, state="complete", *, seconds=2.0, baseline="", **changes) -> TrialRecord:
+    recipe = Recipe(**(SPEC.recipe.model_dump() | changes), classes=2, data="x")
+    results = tuple(
+        EpochResult(
+            epoch=epoch, learning_rate=0.1, training_loss=1.0, validation_loss=1.0, validation_top1=0.5,
+            images=100, seconds=seconds,
+        )
+        for epoch in range(1, epochs + 1)
+    )  # fmt: skip
+    return TrialRecord(
+        number=number, state=state, params={}, value=0.5, best_epoch=1, final_loss=1.0, seconds=1.0,
+        baseline=baseline, stop_reason="", device="cpu", precision="fp32", recipe=recipe, epochs=results,
+    )  # fmt: skip
+
+
+def costs(*times) -> Costs:
+    return Costs(times or (TIME,), IMAGES)
+
+
+def test_without_pruning_it_is_setup_and_epochs():
+    found = Forecaster(SPEC, [], costs(), pruning=False).forecast(8)
+    assert found.seconds == pytest.approx(8 * (1 + 10 * 2), rel=0.05)
+    assert found.low < found.seconds < found.high
+    assert (found.trials, found.epochs, found.pruned, found.history) == (8, 10, 0, 0)
+    half = Forecaster(SPEC, [], costs(), pruning=False, parallel=2).forecast(8)
+    assert half.seconds == pytest.approx(found.seconds / 2)
+
+
+def test_nothing_known_is_nothing_foretold():
+    assert Forecaster(SPEC, [], Costs((), IMAGES)).forecast(8) is None
+
+
+def test_pruning_is_counted_where_there_is_history_and_assumed_elsewhere():
+    assumed = Forecaster(SPEC, [], costs()).forecast(40)
+    assert 0.3 < assumed.pruned < 0.7 and assumed.history == 0
+    hard = [record(n, 2, "pruned") for n in range(9)] + [record(9, 10)]
+    soft = [record(n, 10) for n in range(9)] + [record(9, 2, "pruned")]
+    hard, soft = (Forecaster(SPEC, records, costs()).forecast(50) for records in (hard, soft))
+    assert hard.history == soft.history == 10 and hard.trials == 40
+    assert hard.pruned > 0.7 > 0.3 > soft.pruned and hard.seconds < assumed.seconds < soft.seconds
+    assert hard.high - hard.low < assumed.high - assumed.low  # history narrows it
+
+
+def test_the_first_trials_cannot_be_pruned():
+    spec = SPEC.model_copy(update={"pruner": PrunerSpec(startup_trials=5, warmup_epochs=2)})
+    assert Forecaster(spec, [], costs()).forecast(5).pruned == 0
+
+
+def test_what_epochs_took_counts_more_than_what_steps_promised():
+    slow = [record(0, 10, seconds=6.0, baseline="mine")]
+    found = Forecaster(SPEC, slow, costs(), pruning=False).forecast(5)
+    assert found.seconds == pytest.approx(4 * (1 + 10 * 6), rel=0.05) and found.history == 0
+    # another kind was never seen: it is taken to be as much slower than its steps as this one
+    both = SPEC.model_copy(update={"space": {"batch_size": Choices(choices=[20])}})
+    other = StepTime(kind=KIND.model_copy(update={"batch_size": 20}), setup=0, batch=0.2, evaluation=0.02)
+    found = Forecaster(both, slow, costs(TIME, other), pruning=False).forecast(5)
+    assert found.seconds == pytest.approx(4 * 10 * 6, rel=0.05)
+
+
+def test_hand_tuned_rows_run_whole_and_once():
+    rows = (Baseline(name="a", params={"epochs": 30}), Baseline(name="b", params={"epochs": 50}))
+    spec = SPEC.model_copy(update={"baselines": rows})
+    found = Forecaster(spec, [], costs()).forecast(2)
+    assert found.seconds == pytest.approx(2 * 1 + 80 * 2, rel=0.05)
+    done = [record(0, 30, baseline="a")]
+    assert Forecaster(spec, done, costs()).forecast(2).seconds == pytest.approx(1 + 50 * 2, rel=0.05)
+    none = Forecaster(spec, [], costs(), baselines=False, pruning=False).forecast(2)
+    assert none.seconds == pytest.approx(2 * (1 + 10 * 2), rel=0.05)
+
+
+def test_frozen_prefixes_are_computed_once():
+    spec = SPEC.model_copy(
+        update={
+            "recipe": SPEC.recipe.model_copy(
+                update={"freeze": "features", "augmentation": "center_crop_flip"}
+            )
+        }
+    )
+    time = TIME.model_copy(update={"kind": kind_of(spec.recipe), "once": 0.1, "kept": 1000})
+    assert time.kind.views == 2
+    one, nine = (Forecaster(spec, [], costs(time), pruning=False).forecast(n).seconds for n in (1, 9))
+    assert one == pytest.approx(21 + 0.1 * (2 * 100 + 50), rel=0.05)
+    assert nine - one == pytest.approx(8 * 21, rel=0.1)
+
+
+def test_it_learns_from_the_search_it_watches():
+    watched = Forecaster(SPEC, [], costs(), pruning=False)
+    before = watched.forecast(4).seconds
+    watched.handle(TrialStarted(0, {"learning_rate": 0.1}, 10, ""))
+    assert watched.forecast(4).trials == 3
+    result = record(0, 1, seconds=20.0).epochs[0]
+    watched.handle(TrialEpoch(0, result, 0.5))
+    assert watched.forecast(4).seconds == pytest.approx(9 * 20 + 3 * (1 + 200), rel=0.05)
+    watched.handle(TrialEnded(0, "complete", 0.5, "finished"))
+    after = watched.forecast(4)
+    assert (after.trials, after.history) == (3, 1) and after.seconds > before
+    watched.handle(TrialStarted(1, {"learning_rate": 0.1}, 10, ""))
+    watched.handle(TrialEnded(1, "failed", None, "out of memory"))
+    assert watched.forecast(4).trials == 3  # a failed trial does not count
+
+
+def test_one_example_of_each_kind_the_usual_one_first():
+    spec = SPEC.model_copy(
+        update={
+            "space": {"frozen_blocks": IntRange(low=0, high=2), "batch_size": Choices(choices=[10])},
+            "baselines": (Baseline(name="a", params={"batch_size": 99}),),
+        }
+    )
+    found = [
+        kind_of(spec.recipe.model_copy(update=params)) for params in Forecaster(spec, [], costs()).examples()
+    ]
+    assert len(found) == 4 and found[-1].batch_size == 99
+    assert {kind.frozen_blocks for kind in found} == {0, 1, 2}
+
+
+def test_kinds_agree_with_the_augmentations():
+    for name, what in AUGMENTATIONS.items():
+        recipe = SPEC.recipe.model_copy(update={"augmentation": name, "freeze": "features"})
+        views = {Augmentation(): 1, Augmentation(flip=0.5): 2}.get(what, 0)
+        assert views_of(recipe) == kind_of(recipe).views == views
+        assert kind_of(recipe).copies == (len(what.copies) or 1)
+        assert kind_of(recipe.model_copy(update={"mixup": 0.2})).views == 0
+        assert kind_of(recipe.model_copy(update={"freeze": "none"})).views == 0
+    assert CONCAT_COPIES == 4
+
+
+def test_the_nearest_kind_shares_most():
+    def kind(**changes):
+        values = {"freeze": "none", "frozen_blocks": 0, "batch_size": 64, "views": 0}
+        return Kind(**(values | changes))
+
+    assert kind().distance(kind()) == 0
+    order = [
+        {"batch_size": 128},
+        {"frozen_blocks": 1},
+        {"frozen_blocks": 3},
+        {"frozen_blocks": 1, "views": 2},
+    ]
+    distances = [kind().distance(kind(**changes)) for changes in order]
+    assert distances == sorted(distances) and len(set(distances)) == 4
+
+
+def test_draws_are_the_spaces():
+    drawn = draw(DEMO, 30)
+    assert all(set(params) == set(DEMO.space) for params in drawn)
+    assert all(DEMO.space[name].contains(value) for params in drawn for name, value in params.items())
