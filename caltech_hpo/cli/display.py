@@ -46,9 +46,11 @@ def short_params(params: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "45 s", "12 min" or "3 h 05 min"."""
+    """Seconds as "45 s", "2 min 05 s", "12 min" or "3 h 05 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 

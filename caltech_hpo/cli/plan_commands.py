@@ -102,15 +102,16 @@ def plan_text(made: Plan) -> Group:
     """The plan for people."""
     rows = [
         [time.kind.freeze, str(time.kind.frozen_blocks), str(time.kind.batch_size),
-         "kept" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s", size(time.memory)]
+         f"{time.kind.views} an image" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s",
+         size(time.memory)]
         for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
     ]  # fmt: skip
-    columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "memory")
+    columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "training memory")
     together = f", {made.workers} workers together" if made.workers > 1 else ""
     return Group(
         table_of(columns, rows, left=("freeze",), title=f"study {made.study} on {made.device}"),
         forecast_line(made.forecast),
-        f"memory: up to {size(made.memory)}{together}",
+        f"memory: {size(made.memory)} at the peak of timing{together}",
         f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, "
         f"weights of one model {size(made.weights)}",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,13 +70,15 @@ class Costs:
 
     def once(self, kinds: set[Kind]) -> float:
         """Seconds for the outputs of frozen prefixes, computed once for each of them."""
-        deepest: dict[tuple[str, int], float] = {}
+        found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
         for time in self.times:
             if time.kind in kinds and time.kind not in self.seen:
-                prefix = (time.kind.freeze, time.kind.frozen_blocks)
-                views = time.kind.views * self.images[0] + self.images[1]
-                deepest[prefix] = max(deepest.get(prefix, 0.0), time.once * views)
-        return sum(deepest.values())
+                found[time.kind.freeze, time.kind.frozen_blocks].append((time.kind.views, time.once))
+        return sum(
+            statistics.median(once for _, once in prefix)
+            * (max(views for views, _ in prefix) * self.images[0] + self.images[1])
+            for prefix in found.values()
+        )
 
     def _timed(self, kind: Kind) -> float:
         nearest = min(self.times, key=lambda time: kind.distance(time.kind))

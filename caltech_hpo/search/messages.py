@@ -94,10 +94,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a `Measure` found, of as many recipes as there was time for."""
+    """What a `Measure` found, of as many recipes as there was time for.
+
+    `peak` bytes of memory (the GPU's, on one) were the most that the worker took so far.
+    """
 
     job: int
     times: tuple[StepTime, ...]
+    peak: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ MEASURE = -1  # the job's number: no trial has it
 class Plan:
     """What is to be expected of a study on this machine. Bytes; `timed` are the kinds that were timed.
 
-    `memory` is what the most demanding kind takes beside the worker itself, all workers together. Workers
-    share one device: they are not counted on to be faster than one that has it to itself.
+    `memory` is the most that the timing took, times the workers. Workers share one device: they are not
+    counted on to be faster than one that has it to itself.
     """
 
     study: str
@@ -71,7 +71,8 @@ def make_plan(
     ) as executor:
         binding = binding_of(executor, data, request)
         examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
-        times = time_kinds(executor, spec, examples, binding, PLAN_SECONDS, progress)
+        measured = time_kinds(executor, spec, examples, binding, PLAN_SECONDS, progress)
+        times = measured.times
         ready = executor.ready
     if not times:
         raise CaltechHpoError(
@@ -89,7 +90,7 @@ def make_plan(
     return Plan(
         request.study, request.trials, request.workers, ready.device, forecast, times,
         tuple(costs.epoch(time.kind) for time in times),
-        memory=request.workers * max(time.memory for time in times),
+        memory=request.workers * measured.peak,
         pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
         features=sum(views.values()), weights=max(time.weights for time in times),
     )  # fmt: skip
@@ -120,7 +121,8 @@ def forecaster_for(
     if not known and request.subset is None:
         examples = Forecaster(spec, here, costs, baselines=request.baselines).examples()
         binding = binding_of(executor, data, request)
-        costs = Costs(time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress), costs.images)
+        measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)
+        costs = Costs(measured.times, costs.images)
     return Forecaster(
         spec, here, costs, pruning=request.pruning, baselines=request.baselines, parallel=request.workers
     )
@@ -129,7 +131,7 @@ def forecaster_for(
 def time_kinds(
     executor: Executor, spec: StudySpec, examples: Sequence[dict[str, Any]], binding: Binding, seconds: float,
     progress: Progress | None,
-) -> tuple[StepTime, ...]:  # fmt: skip
+) -> Measured:  # fmt: skip
     """Step times of the examples, the first ones where time is short; none where a step cannot be taken.
 
     That is no error here: the trial itself will say what is wrong.
@@ -141,6 +143,6 @@ def time_kinds(
         if isinstance(event, Working) and progress:
             progress(event.what, event.done, event.total)
         elif isinstance(event, Measured):
-            return event.times
+            return event
         elif isinstance(event, (Failed, Died)):
-            return ()
+            return Measured(MEASURE, ())

@@ -35,7 +35,7 @@ from caltech_hpo.training.device import describe_device, keep_near, resolve_devi
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import train
-from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
+from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share, peak_memory
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.timing import time_steps
@@ -175,7 +175,7 @@ def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, 
                 features=context.features is not None,
             )
         )  # fmt: skip
-    yield Measured(job.number, tuple(times))
+    yield Measured(job.number, tuple(times), peak_memory(context.device))
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from caltech_hpo.spec import Recipe
 from caltech_hpo.timings import StepTime, kind_of, views_of
 from caltech_hpo.training.device import autocast, resolve_precision, synchronize
-from caltech_hpo.training.features import MOST_BYTES, Split, feature_bytes
+from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
 from caltech_hpo.training.loop import Step, train_epoch
 from caltech_hpo.training.memory import MicroBatches, needed_bytes
 from caltech_hpo.training.optimizers import make_optimizer, make_schedule
@@ -46,9 +46,11 @@ def time_steps(
     setup = time.perf_counter() - begin
     if parts is not None:
         prefix, rest = parts
-        inputs, labels = next(prepared.training.evaluation())
+        inputs, labels = next(prepared.training.in_batches_of(CHUNK).evaluation())
         once, outputs = _timed_outputs(prefix, inputs, recipe, device)
-        source = FeatureSource((outputs, outputs), labels, plan_for(recipe, device))
+        repeated = torch.arange(recipe.batch_size, device=device) % len(outputs)
+        outputs = outputs[repeated]
+        source = FeatureSource((outputs, outputs), labels[repeated], plan_for(recipe, device))
         prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
     begin = time.perf_counter()
     prepared = memory.fit(recipe, prepared)
@@ -110,7 +112,7 @@ def _timed_outputs(
             outputs = prefix(inputs)
         synchronize(device)
         seconds = time.perf_counter() - begin
-    # made outside of inference mode, whose tensors cannot be trained on
+    # copied outside of inference mode, whose tensors cannot be trained on
     return seconds / len(inputs), torch.empty_like(outputs).copy_(outputs)
 
 
