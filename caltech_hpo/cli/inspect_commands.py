@@ -23,9 +23,6 @@ from caltech_hpo.cli.options import (
 )
 from caltech_hpo.cli.tables import check_table, models_table, record_json, studies_table, study_text
 from caltech_hpo.errors import DataError, UsageError, WeightsError
-from caltech_hpo.search.request import with_own_sizes
-from caltech_hpo.study_files import base_name, load_study, study_files
-from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -70,6 +67,7 @@ def studies(
         options_after(context)
         return
     from caltech_hpo.search.storage import open_existing, study_names
+    from caltech_hpo.study_files import base_name, load_study, study_files
 
     database = open_existing(place_of(home, storage).storage)
     files = study_files()
@@ -104,6 +102,7 @@ def studies_show(
     Example: caltech-hpo studies show alexnet-scratch
     """
     from caltech_hpo.search.storage import open_existing
+    from caltech_hpo.study_files import load_study, study_files
 
     spec = load_study(name)
     source = str(study_files()[spec.name])
@@ -167,6 +166,9 @@ def models(
     if context.invoked_subcommand:
         options_after(context)
         return
+    from caltech_hpo.search.request import with_own_sizes
+    from caltech_hpo.study_files import load_study
+    from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP
     from caltech_hpo.training.architectures import ARCHITECTURES
     from caltech_hpo.training.summary import summarize
 
@@ -195,6 +197,7 @@ def models_show(
 
     Example: caltech-hpo models show resnet18
     """
+    from caltech_hpo.terms import TIMM
     from caltech_hpo.training.summary import meta_model, require_architecture, summarize
     from caltech_hpo.training.timm_models import timm_sizes
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -16,7 +16,9 @@ from rich.console import Console, RenderableType
 from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.display import ProgressBars
 from caltech_hpo.errors import UsageError
-from caltech_hpo.search.request import Place
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.request import Place
 
 Home = Annotated[
     Path, typer.Option("--home", envvar="CALTECH_HPO_HOME", help="Folder for everything that is kept.")
@@ -46,6 +48,7 @@ PIPE_WIDTH = 140
 
 def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:
     """Where this call keeps and finds things."""
+    from caltech_hpo.search.request import Place
     from caltech_hpo.search.storage import default_url
 
     return Place(home, storage or default_url(home), data)

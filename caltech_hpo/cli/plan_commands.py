@@ -24,7 +24,6 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import table_of
-from caltech_hpo.search.request import SearchRequest
 
 if TYPE_CHECKING:
     from caltech_hpo.search.forecast import Forecast
@@ -60,6 +59,7 @@ def plan(
     Example: caltech-hpo plan --study alexnet-scratch --trials 40
     """
     from caltech_hpo.search.planning import make_plan
+    from caltech_hpo.search.request import SearchRequest
 
     request = SearchRequest(
         study, trials, workers=workers, device=device, baselines=not no_baselines, pruning=not no_pruning,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,9 +29,10 @@ from caltech_hpo.cli.plan_commands import forecast_line
 from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
-from caltech_hpo.search import run
-from caltech_hpo.search.request import Place, SearchRequest
-from caltech_hpo.search.smoke import smoke as prepare_smoke
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.request import Place, SearchRequest
+    from caltech_hpo.search.run import Search
 
 
 class PrecisionChoice(StrEnum):
@@ -95,6 +96,10 @@ def search(
 
     Example: caltech-hpo search --study alexnet-scratch --trials 40
     """
+    from caltech_hpo.search.request import SearchRequest
+    from caltech_hpo.search.run import open_search
+    from caltech_hpo.search.smoke import smoke as prepare_smoke
+
     request = SearchRequest(
         study=study, trials=trials, workers=workers, device=device, seed=seed, timeout_minutes=timeout,
         baselines=not no_baselines, pruning=not no_pruning, enqueue=parse_params(enqueue or []),
@@ -107,7 +112,7 @@ def search(
         if smoke:
             request, place = stack.enter_context(prepare_smoke(request, place))
         with progress_bars() as bars:
-            opened = stack.enter_context(run.open_search(request, place, progress=bars, say=say))
+            opened = stack.enter_context(open_search(request, place, progress=bars, say=say))
         follow(opened, request)
         conclude(request, place, smoke=smoke, as_json=as_json)
 
@@ -132,7 +137,7 @@ def _number_or_text(text: str) -> str | bool | int | float:
     return text
 
 
-def follow(opened: run.Search, request: SearchRequest) -> None:
+def follow(opened: Search, request: SearchRequest) -> None:
     """Shows the search while it runs."""
     if not opened.device:
         say(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import optuna
 
 METRIC = "validation top-1 accuracy"
+# Some of Optuna's: a process killed while it made them left fewer.
+OPTUNAS_TABLES = {"studies", "trials", "trial_heartbeats", "trial_intermediate_values", "alembic_version"}
 BUSY_TIMEOUT = 60  # seconds that SQLite waits for another writer
 
 
@@ -48,8 +50,9 @@ def sqlite_path(url: str) -> Path | None:
 def open_storage(url: str) -> optuna.storages.RDBStorage:
     """Opens (or creates) the database. Raises StorageError for anything that is no Optuna database."""
     path = sqlite_path(url)
+    there = False
     if path is not None:
-        check_sqlite(path)
+        there = check_sqlite(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,7 +69,7 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         options["connect_args"] = {"timeout": BUSY_TIMEOUT}
     fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=there)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error)}", fix) from error
     except RuntimeError as error:  # Optuna's word for a schema of another version
@@ -100,13 +103,13 @@ def _first_line(error: BaseException) -> str:
     return str(error.__cause__ or error).splitlines()[0]
 
 
-def check_sqlite(path: Path) -> None:
-    """Refuses an existing file that is empty, no SQLite database, or another program's.
+def check_sqlite(path: Path) -> bool:
+    """Whether the file has Optuna's tables; refuses one that is empty, no SQLite, or another program's.
 
     SQLite would silently turn an empty file into a new database, and a truncated one with it.
     """
     if not path.exists():
-        return
+        return False
     if not path.is_file():
         raise StorageError(f"{path}: is not a file", "give --storage the path of a database file")
     if path.stat().st_size == 0:
@@ -136,6 +139,7 @@ def check_sqlite(path: Path) -> None:
         raise StorageError(
             f"{path}: belongs to another program (it has no studies table)", "give another --storage"
         )
+    return tables >= OPTUNAS_TABLES
 
 
 def find_study(storage: optuna.storages.RDBStorage | None, name: str) -> optuna.Study | None:
