@@ -26,7 +26,7 @@ from caltech_hpo.errors import UsageError
 
 if TYPE_CHECKING:
     from caltech_hpo.cli.display import ProgressBars
-    from caltech_hpo.search.bench import Speed, StudySpeed
+    from caltech_hpo.search.bench_study import Measurements
     from caltech_hpo.search.request import Place
     from caltech_hpo.spec import Hyperparameters
 
@@ -34,7 +34,7 @@ MODELS = ("alexnet", "resnet18", "vgg16")
 # What the study is for whose wall time --workers measures, and how many trials it has.
 STUDY, TRIALS = "alexnet-scratch", 40
 ON_A_GPU = "1,2,4"
-STUDY_SECONDS = 75.0
+STUDY_SECONDS = 45.0
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def bench(
         typer.Option("--model", help="Architecture; may be repeated.", show_default=", ".join(MODELS)),
     ] = None,
     device: Device = "auto",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement, at least.")] = 4.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement, at least.")] = 3.0,
     rounds: Annotated[
         int, typer.Option(min=1, help="Measurements of each, in turns; the median counts.")
     ] = 3,
@@ -87,11 +87,10 @@ def bench(
             measured = run_overhead(place, trials, bars)
             answer(asdict(measured), as_json, overhead_table(measured))
             return
-        rows, studies = run_speed(
+        found = run_speed(
             place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
         )
-    document = [speed_json(row) for row in rows] + [study_json(row) for row in studies]
-    answer(document, as_json, speed_table(rows, studies, machine()))
+    answer(rows_json(found), as_json, speed_table(found, machine()))
 
 
 def recipes(study: str | None, models: list[str]) -> list[Hyperparameters]:
@@ -122,11 +121,12 @@ def run_overhead(place: Place, trials: int, bars: ProgressBars) -> Any:
 def run_speed(
     place: Place, values: list[Hyperparameters], device: str, seconds: float, rounds: int,
     batch_size: int | None, workers: str | None, bars: ProgressBars,
-) -> tuple[list[Speed], list[StudySpeed]]:  # fmt: skip
+) -> Measurements:  # fmt: skip
     """The rows of each recipe, and of each number of workers."""
     from caltech_hpo.data.dataset import scan
     from caltech_hpo.data.loading import load_search_data
-    from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed, measure_study
+    from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed
+    from caltech_hpo.search.bench_study import Measurements, measure_cache, measure_study
     from caltech_hpo.search.request import SearchRequest
     from caltech_hpo.search.run import locate_data
     from caltech_hpo.study_files import load_study
@@ -149,7 +149,7 @@ def run_speed(
         )
         for count in counts
     ]  # fmt: skip
-    return rows, studies
+    return Measurements(rows, studies, measure_cache(index, values[0].resize, place.cache, bars))
 
 
 def worker_counts(text: str) -> list[int]:
@@ -165,14 +165,11 @@ def worker_counts(text: str) -> list[int]:
     return counts
 
 
-def speed_json(row: Speed) -> dict[str, Any]:
-    """A row, its ratios included."""
-    return {**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor}
-
-
-def study_json(row: StudySpeed) -> dict[str, Any]:
-    """A row of a whole study: phase "study"."""
-    return {"phase": "study", **asdict(row)}
+def rows_json(found: Measurements) -> list[dict[str, Any]]:
+    """One list of rows; `phase` says of what: train, eval, epoch, study or cache."""
+    rows = [{**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor} for row in found.speeds]
+    rows += [{"phase": "study", **asdict(row)} for row in found.studies]
+    return [*rows, {"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core}]
 
 
 def machine() -> str:

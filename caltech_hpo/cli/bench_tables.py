@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,14 +10,15 @@ from caltech_hpo.cli.display import duration
 from caltech_hpo.cli.tables import table_of
 
 if TYPE_CHECKING:
-    from caltech_hpo.search.bench import Speed, StudySpeed
+    from caltech_hpo.search.bench_study import Measurements
     from caltech_hpo.search.overhead import Overhead
 
 MEMORY = "no memory"
 
 
-def speed_table(rows: Sequence[Speed], studies: Sequence[StudySpeed], machine: str) -> Group:
+def speed_table(found: Measurements, machine: str) -> Group:
     """Images a second side by side."""
+    rows, studies, cache = found.speeds, found.studies, found.cache
     cells = [
         [row.model, row.phase, *map(_rate, (row.stock, row.ours, row.floor)), _ratio(row.over_stock),
          _ratio(row.of_floor), "-" if row.data_wait_s is None else f"{row.data_wait_s:.2f} s",
@@ -39,6 +39,10 @@ def speed_table(rows: Sequence[Speed], studies: Sequence[StudySpeed], machine: s
         parts.append(table_of(names, lines, left=("study",)))
     measured = f"median of {rows[0].rounds} on {rows[0].device}"
     parts.append(f"images per second, {measured}; {machine}; data wait: of an epoch")
+    parts.append(
+        f"decoding: {cache.per_core:,.0f} images per second and core ({cache.images:,} images on "
+        f"{cache.cores} cores); opening what is decoded: {cache.open_seconds:.2f} s"
+    )
     return Group(*parts)
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.search.executors import worker_environment
-from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import Hyperparameters, Recipe
 
 if TYPE_CHECKING:
@@ -130,40 +126,6 @@ def _speeds(
             model=recipe.architecture, phase=phase, data_wait_s=waits[phase], batch_size=recipe.batch_size,
             device=device, rounds=rounds, **rates,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StudySpeed:
-    """A study searched with so many `workers`, for `seconds` or until it had its trials."""
-
-    study: str
-    workers: int
-    trials: int
-    epochs: int
-    seconds: float
-    device: str
-
-
-def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
-    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready."""
-    from caltech_hpo.search.events import TrialEnded, TrialEpoch
-    from caltech_hpo.search.run import open_search
-    from caltech_hpo.search.storage import default_url
-
-    place.cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.cache) as name:
-        own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
-        with open_search(request, own) as opened:
-            begin = time.perf_counter()
-            epochs = finished = 0
-            for event in opened.events:
-                epochs += isinstance(event, TrialEpoch)
-                finished += isinstance(event, TrialEnded)
-                progress(f"{request.study}, {opened.workers} workers: trials", finished, request.trials)
-                if time.perf_counter() - begin > seconds:
-                    break
-            taken = time.perf_counter() - begin
-            return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)
 
 
 def _median(values: list[float]) -> float | None:

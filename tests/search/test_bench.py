@@ -7,7 +7,8 @@ from helpers import write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
-from caltech_hpo.search.bench import _speeds, bench_recipe, fitting_batch_size, measure_speed, measure_study
+from caltech_hpo.search.bench import _speeds, bench_recipe, fitting_batch_size, measure_speed
+from caltech_hpo.search.bench_study import measure_study
 from caltech_hpo.search.overhead import measure_overhead
 from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import Hyperparameters
@@ -107,3 +108,15 @@ def test_the_batch_is_what_stock_can_hold(monkeypatch):
     assert fitting_batch_size("vgg16", 224, "cpu") == 64
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     assert fitting_batch_size("vgg16", 224, "cpu") == 16
+
+
+def test_the_cache_is_timed_and_nothing_is_left(images, tmp_path):
+    from caltech_hpo.search.bench_study import measure_cache
+
+    index, _ = images
+    load_search_data(index, 36, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    found = measure_cache(index, 36, tmp_path, lambda *_: None)
+    assert found.images == len(index.training) and found.open_seconds > 0
+    assert found.per_core == found.images / found.seconds / found.cores
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,91 @@
+"""What the bench measures around training: whole studies, and the cache of decoded images."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from caltech_hpo.data.cache import build_cache
+from caltech_hpo.data.dataset import DatasetIndex
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.search.bench import Progress, Speed
+from caltech_hpo.search.request import Place, SearchRequest
+
+DECODED = 1000
+
+
+@dataclass(frozen=True)
+class StudySpeed:
+    """A study searched with so many `workers`, for `seconds` or until it had its trials."""
+
+    study: str
+    workers: int
+    trials: int
+    epochs: int
+    seconds: float
+    device: str
+
+
+def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
+    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready."""
+    from caltech_hpo.search.events import TrialEnded, TrialEpoch
+    from caltech_hpo.search.run import open_search
+    from caltech_hpo.search.storage import default_url
+
+    place.cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.cache) as name:
+        own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
+        with open_search(request, own) as opened:
+            begin = time.perf_counter()
+            epochs = finished = 0
+            for event in opened.events:
+                epochs += isinstance(event, TrialEpoch)
+                finished += isinstance(event, TrialEnded)
+                progress(f"{request.study}, {opened.workers} workers: trials", finished, request.trials)
+                if time.perf_counter() - begin > seconds:
+                    break
+            taken = time.perf_counter() - begin
+            return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)
+
+
+@dataclass(frozen=True)
+class CacheSpeed:
+    """Decoding `images` files on all `cores`, and what a second start needs to open what is decoded."""
+
+    images: int
+    cores: int
+    seconds: float
+    open_seconds: float
+
+    @property
+    def per_core(self) -> float:
+        """Images a second and core."""
+        return self.images / self.seconds / self.cores
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What one run measured."""
+
+    speeds: list[Speed]
+    studies: list[StudySpeed]
+    cache: CacheSpeed
+
+
+def measure_cache(index: DatasetIndex, resize: int, cache: Path, progress: Progress) -> CacheSpeed:
+    """Decodes some training images once more, elsewhere; opens the cache that is there."""
+    some = index.training[:DECODED]
+    with tempfile.TemporaryDirectory(dir=cache) as name:
+        begin = time.perf_counter()
+        build_cache(
+            index.root, some, resize, Path(name), label="some", skip_unreadable=True, progress=progress
+        )
+        taken = time.perf_counter() - begin
+    begin = time.perf_counter()
+    found = load_search_data(index, resize, cache, skip_unreadable=True)
+    found.open_training()
+    found.open_validation()
+    return CacheSpeed(len(some), os.cpu_count() or 1, taken, time.perf_counter() - begin)
