@@ -215,7 +215,7 @@ class Supervisor:
         if self._failures >= FAILURES_IN_A_ROW:
             raise CaltechHpoError(
                 f"{self._failures} trials in a row failed; the last one: {reason}",
-                "for lack of memory use smaller batch sizes in [space] or fewer --workers; then run again",
+                "for lack of memory use fewer --workers, more --memory, or a smaller crop; then run again",
             )
         return TrialEnded(number, "failed", None, reason)
 

@@ -61,6 +61,11 @@ def test_nothing_known_is_nothing_foretold():
     assert Forecaster(SPEC, [], Costs((), IMAGES)).forecast(8) is None
 
 
+def test_a_study_that_has_its_trials_needs_no_time():
+    found = Forecaster(SPEC, [record(0, 10)], costs()).forecast(1)
+    assert (found.trials, found.seconds, found.epochs) == (0, 0, 0)
+
+
 def test_pruning_is_counted_where_there_is_history_and_assumed_elsewhere():
     assumed = Forecaster(SPEC, [], costs()).forecast(40)
     assert 0.3 < assumed.pruned < 0.7 and assumed.history == 0
