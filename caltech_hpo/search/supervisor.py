@@ -34,7 +34,7 @@ FAILURES_IN_A_ROW = 3
 REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
 # Epochs that come in a burst are written together: a write waits this long for the next event, and at
-# most LATEST. Both are far below what a training would repeat after a crash.
+# most LATEST. Workers are answered without waiting for it.
 BURST, LATEST = 0.002, 0.1  # seconds
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -74,19 +74,23 @@ class Supervisor:
     def run(self, trials: int, *, seconds: float | None = None) -> Generator[SearchEvent, None, None]:
         """Runs until the study has `trials` finished ones; after `seconds` no new trial begins.
 
+        An event is yielded when what it tells is in the database.
+
         However it ends, trials still running are marked failed and queued to be run again.
         Raises WorkerBugError for an error in a worker, CaltechHpoError after 3 failures in a row.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        yield from self._requeue_orphans()
+        told: list[SearchEvent] = list(self._requeue_orphans())
         try:
             while True:
-                yield from self._fill(trials, deadline)
+                told += self._fill(trials, deadline)
+                if self._storage.age > LATEST or not self._running or not self._executor.event_within(BURST):
+                    self._storage.flush()
+                    yield from told  # only what is in the database
+                    told = []
                 if not self._running:
                     return
-                if self._storage.age > LATEST or not self._executor.event_within(BURST):
-                    self._storage.flush()
-                yield from self._handle(self._executor.next_event())
+                told += self._handle(self._executor.next_event())
         finally:
             for running in self._running.values():
                 self._give_back(running.trial.number, running.baseline, "interrupted")
@@ -186,7 +190,6 @@ class Supervisor:
             running.trial.study.tell(running.trial, state=TrialState.PRUNED)
         else:
             running.trial.study.tell(running.trial, value)
-        self._storage.flush()  # recorded before it is shown
         self._finished += 1
         self._failures = 0
         del self._running[running.trial.number]

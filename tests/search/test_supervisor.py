@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.search.events import Requeued, TrialEnded, TrialStarted
+from caltech_hpo.search.events import Requeued, TrialEnded, TrialEpoch, TrialStarted
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.space import Binding, suggest
@@ -39,8 +39,8 @@ def steady(job):
 class Scripted:
     """An executor whose workers play a script, one event of each in turn."""
 
-    def __init__(self, script=steady, workers=1):
-        self.script, self.workers = script, workers
+    def __init__(self, script=steady, workers=1, bursts=True):
+        self.script, self.workers, self.bursts = script, workers, bursts
         self.jobs, self.events, self.stopped, self.most = [], {}, set(), 0
         self.ready = Ready("cpu", "fp32", {"torch": "0"})
 
@@ -55,7 +55,7 @@ class Scripted:
         self.most = max(self.most, len(self.events))
 
     def event_within(self, seconds):
-        return len(self.jobs) % 2 == 0  # of every second trial, epochs come in bursts
+        return self.bursts and len(self.jobs) % 2 == 0  # of every second trial, epochs come in bursts
 
     def next_event(self):
         number = next(iter(self.events))
@@ -96,6 +96,20 @@ def test_n_trials_asked_are_n_trials_finished(storage, workers):
     assert executor.most == workers
     points = {str(trial.params) for trial in study.trials}
     assert len(points) == 20  # the sampler never proposed a point twice
+
+
+def test_what_an_event_tells_is_in_the_database(storage):
+    """Read anew from the file, at every event, whether epochs come in bursts or one by one."""
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    seen = 0
+    for event in Supervisor(*hold(study, storage), SPEC, Scripted(workers=2), BINDING).run(5):
+        trial = trial_records(study)[event.number]
+        if isinstance(event, TrialEpoch):
+            assert event.result in trial.epochs
+            seen += 1
+        elif isinstance(event, TrialEnded):
+            assert trial.state == event.state and trial.value == event.value
+    assert seen == sum(len(record.epochs) for record in trial_records(study)) > 0
 
 
 def test_the_same_call_continues_and_then_does_nothing(storage):
@@ -255,7 +269,7 @@ def test_a_search_without_pruning_keeps_what_lags_and_ends_what_diverges(storage
 
 def test_an_interrupted_search_gives_its_trials_back(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
-    run = Supervisor(*hold(study, storage), SPEC, Scripted(workers=2), BINDING).run(4)
+    run = Supervisor(*hold(study, storage), SPEC, Scripted(workers=2, bursts=False), BINDING).run(4)
     params = [next(run).params for _ in range(2)]
     next(run)
     run.close()
