@@ -77,16 +77,17 @@ def batch_sizes(images: int, plan: BatchPlan) -> list[int]:
 
 
 def training_batches(
-    data: Images, plan: BatchPlan, order: torch.Generator, draws: torch.Generator
+    data: Images, plan: BatchPlan, order: torch.Generator, draws: torch.Generator, *, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from `order`, augmented by `draws` (both CPU generators).
 
-    Yields images (n, 3, crop, crop) float32, channels_last, and labels (n,) int64 (or shares
-    (n, classes) float32), on the device; n as `batch_sizes` says.
+    Begins with batch `start`. Yields images (n, 3, crop, crop) float32, channels_last, and labels (n,)
+    int64 (or shares (n, classes) float32), on the device; n as `batch_sizes` says.
     """
     copies = plan.augmentation.copies or (plan.augmentation,)
     permutation = torch.randperm(len(data) * len(copies), generator=order)
-    for chosen in torch.split(permutation[: sum(batch_sizes(len(data), plan))], plan.batch_size):
+    batches = torch.split(permutation[: sum(batch_sizes(len(data), plan))], plan.batch_size)
+    for chosen in batches[start:]:
         positions, copy = chosen % len(data), chosen // len(data)
         batch, labels = make_batch(data, positions, plan, copies[0], draws)
         for number, augmentation in enumerate(copies[1:], start=1):

@@ -24,11 +24,11 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import normalization_for
 from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision, synchronize
 from caltech_hpo.training.features import Split
-from caltech_hpo.training.loop import Step, train_epoch
+from caltech_hpo.training.loop import train_batches
 from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
 from caltech_hpo.training.models import untrained
-from caltech_hpo.training.optimizers import make_optimizer, make_schedule
 from caltech_hpo.training.prepare import Prepared, prepare
+from caltech_hpo.training.state import begin
 
 LOADER_WORKERS = 4
 FEWEST_BATCHES = 3  # of a measurement
@@ -154,12 +154,8 @@ class Ours:
         assert isinstance(prepared, Prepared)
         memory = MicroBatches(self._device, memory_share(self._device, None, 1))
         self._prepared = memory.fit(recipe, prepared)
-        optimizer = make_optimizer(prepared.model, recipe)
-        self._step = Step(
-            optimizer, make_schedule(optimizer, recipe, 1_000_000), None, self._device,
-            resolve_precision(recipe.precision, self._device), recipe.label_smoothing, prepared.prefix,
-            self._prepared.micro_batch,
-        )  # fmt: skip
+        self._recipe = recipe
+        self._state = begin(recipe, self._prepared)
         self._one = next(self._epoch())
 
     def _epoch(self) -> Iterator[Batch]:
@@ -171,7 +167,7 @@ class Ours:
         batches = self._repeated(training) if not phase.startswith("floor") else self._same()
         limited = Limited(batches, seconds, self._device)
         if training:
-            train_epoch(self._prepared.runs, limited, self._step)
+            train_batches(self._recipe, self._prepared, self._state, limited)
         else:
             self._evaluate(limited)
         return limited.timing()
@@ -189,7 +185,7 @@ class Ours:
     def _evaluate(self, batches: Limited) -> None:
         self._prepared.runs.eval()
         for inputs, _ in batches:
-            with autocast(self._device, self._step.precision):
+            with autocast(self._device, resolve_precision(self._recipe.precision, self._device)):
                 self._prepared.runs(inputs)
 
 

@@ -1,13 +1,19 @@
-"""Weights on disk: a safetensors file, whole or absent."""
+"""Weights and checkpoints on disk: whole or absent, and a checkpoint knows when it is damaged."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from caltech_hpo.data.cache import sync_folder
+
+MAGIC = b"CHPOCKP1"
+DIGEST_BYTES, LENGTH_BYTES = 32, 8
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -33,3 +39,67 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(path), strict=True)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.name}.previous")
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+    """Writes tensors and a JSON document under a SHA-256; the checkpoint before is kept until this is there.
+
+    Magic, SHA-256 of the rest, the document's length (8 bytes, little-endian), the document, safetensors.
+    """
+    from safetensors.torch import save
+
+    text = json.dumps(document).encode()
+    body = [len(text).to_bytes(LENGTH_BYTES, "little"), text, save(tensors)]
+    digest = hashlib.sha256()
+    for part in body:
+        digest.update(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([MAGIC, digest.digest(), *body])
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            path.replace(previous(path))
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint at `path`, or the one before if that is damaged or absent; None without a whole one."""
+    for candidate in (path, previous(path)):
+        found = read_checkpoint(candidate)
+        if found is not None:
+            return found
+    return None
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """One file's tensors and document; None where it is absent or not what was written."""
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    start = len(MAGIC) + DIGEST_BYTES
+    body = memoryview(content)[start:]
+    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != content[len(MAGIC) : start]:
+        return None
+    length = int.from_bytes(body[:LENGTH_BYTES], "little")
+    document: dict[str, Any] = json.loads(bytes(body[LENGTH_BYTES : LENGTH_BYTES + length]))
+    return load(bytes(body[LENGTH_BYTES + length :])), document
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint and the one before."""
+    for file in (path, previous(path), path.with_name(f"{path.name}.tmp")):
+        file.unlink(missing_ok=True)

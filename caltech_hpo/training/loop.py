@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from caltech_hpo.spec import EpochResult, Recipe
 from caltech_hpo.terms import Precision
-from caltech_hpo.training.average import WeightAverage
 from caltech_hpo.training.device import autocast, resolve_precision
 from caltech_hpo.training.freezing import training_mode
-from caltech_hpo.training.optimizers import make_optimizer, make_schedule
-from caltech_hpo.training.prepare import Prepared, derive_seed
+from caltech_hpo.training.prepare import Prepared
 from caltech_hpo.training.sources import Source
+from caltech_hpo.training.state import TrainingState, begin, begin_epoch
+
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,98 +35,106 @@ class Evaluation:
     top1_flip: float | None = None
 
 
-def train(recipe: Recipe, prepared: Prepared) -> Iterator[EpochResult]:
-    """Trains the prepared model in place and yields after every epoch.
+class Interrupted(Exception):
+    """Somebody asked a training to pause."""
+
+
+def never() -> bool:
+    """The training is not asked to pause."""
+    return False
+
+
+def train(
+    recipe: Recipe, prepared: Prepared, state: TrainingState | None = None, *,
+    interrupted: Callable[[], bool] = never,
+) -> Iterator[EpochResult]:  # fmt: skip
+    """Trains the prepared model in place and yields after every epoch; goes on from `state` where given.
 
     Between epochs the model holds what was evaluated (averaged weights, with `ema`): it may be saved or
     left. Without a validation source there are no validation scores. The random draws of an epoch
-    depend on the recipe's seed and the epoch alone.
+    depend on the recipe's seed and the epoch alone. `interrupted` is asked after every batch: once it says
+    True the generator ends, and `state` holds where, batches of an unfinished epoch included.
     """
-    model, training, validation = prepared.runs, prepared.training, prepared.validation
-    device = prepared.device
-    precision = resolve_precision(recipe.precision, device)
-    optimizer = make_optimizer(prepared.model, recipe)
-    schedule = make_schedule(optimizer, recipe, len(training.sizes))
-    average = WeightAverage(model, recipe.ema) if recipe.ema else None
-    step = Step(
-        optimizer, schedule, average, device, precision, recipe.label_smoothing, prepared.prefix,
-        prepared.micro_batch,
-    )  # fmt: skip
-    for epoch in range(1, recipe.epochs + 1):
-        start = time.perf_counter()
-        learning_rate = float(schedule.get_last_lr()[0])
-        batches = training.training(
-            order=_generator(recipe.seed, "order", epoch),
-            draws=_generator(recipe.seed, "augmentation", epoch),
-        )
-        torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))  # dropout takes no generator
-        training_loss = train_epoch(model, batches, step)
-        if average:
-            average.swap()
-        flip = recipe.test_time_flip
-        scores = evaluate(model, validation, device, precision, flip=flip) if validation else None
-        yield EpochResult(
-            epoch=epoch,
-            learning_rate=learning_rate,
-            training_loss=training_loss,
+    state = state or begin(recipe, prepared)
+    while state.epoch <= recipe.epochs:
+        started = time.perf_counter()
+        batches = prepared.training.training(state.order, state.draws, start=state.batch)
+        try:
+            train_batches(recipe, prepared, state, watched(batches, interrupted))
+            if state.average:
+                state.average.swap()
+            scores = _validate(recipe, prepared, interrupted)
+        except Interrupted:
+            if state.average and state.average.swapped:
+                state.average.swap()
+            state.seconds += time.perf_counter() - started
+            return
+        result = EpochResult(
+            epoch=state.epoch,
+            learning_rate=state.learning_rate,
+            training_loss=float(state.loss) / state.images,
             validation_loss=scores.loss if scores else None,
             validation_top1=scores.top1 if scores else None,
             validation_top1_flip=scores.top1_flip if scores else None,
-            images=sum(training.sizes),
-            seconds=time.perf_counter() - start,
+            images=state.images,
+            seconds=state.seconds + time.perf_counter() - started,
             micro_batch=prepared.micro_batch,
         )
-        if average:
-            average.swap()
+        state.results.append(result)
+        begin_epoch(state, recipe, state.epoch + 1)
+        yield result
+        if state.average:
+            state.average.swap()
 
 
-def _generator(seed: int, *purpose: object) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+def watched(batches: Iterator[Batch], interrupted: Callable[[], bool]) -> Iterator[Batch]:
+    """The batches; raises Interrupted in place of the next one."""
+    while not interrupted():
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+    raise Interrupted
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a gradient step needs besides the batch; `micro_batch` are computed at a time (None: all)."""
-
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    average: WeightAverage | None
-    device: torch.device
-    precision: Precision
-    label_smoothing: float = 0.0
-    prefix: nn.Module | None = None
-    micro_batch: int | None = None
+def _validate(recipe: Recipe, prepared: Prepared, interrupted: Callable[[], bool]) -> Evaluation | None:
+    if prepared.validation is None:
+        return None
+    return evaluate(
+        prepared.runs, prepared.validation, prepared.device, recipe.precision,
+        flip=recipe.test_time_flip, interrupted=interrupted,
+    )  # fmt: skip
 
 
-def train_epoch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], step: Step) -> float:
-    """One pass of gradient steps; returns the mean loss over the images."""
-    training_mode(model, step.prefix)
-    device = step.device
-    total = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32)
-    images = 0
+def train_batches(recipe: Recipe, prepared: Prepared, state: TrainingState, batches: Iterable[Batch]) -> None:
+    """Gradient steps on the batches; the state counts them and sums the loss over their images."""
+    training_mode(prepared.runs, prepared.prefix)
     for inputs, labels in batches:
-        step.optimizer.zero_grad(set_to_none=True)
-        loss = gradients(model, inputs, labels, step)
-        step.optimizer.step()
-        step.schedule.step()
-        if step.average:
-            step.average.update()
-        total += loss * len(labels)  # summed on the device: reading it would wait for the GPU
-        images += len(labels)
-    return float(total) / images
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = gradients(recipe, prepared, inputs, labels)
+        state.optimizer.step()
+        state.schedule.step()
+        if state.average:
+            state.average.update()
+        state.loss += loss * len(labels)  # summed on the device: reading it would wait for the GPU
+        state.images += len(labels)
+        state.batch += 1
+        state.steps += 1
 
 
-def gradients(model: nn.Module, inputs: Tensor, labels: Tensor, step: Step) -> Tensor:
+def gradients(recipe: Recipe, prepared: Prepared, inputs: Tensor, labels: Tensor) -> Tensor:
     """Adds the batch's gradients to the parameters'; returns its mean loss, 0-dimensional.
 
     With a micro-batch the images go in pieces of nearly equal size; each piece's mean loss counts by its
     share of the batch, so that the sum is the batch's gradient (batch norm alone sees the piece).
     """
-    pieces = 1 if step.micro_batch is None else -(-len(labels) // step.micro_batch)
+    model, device, micro_batch = prepared.runs, prepared.device, prepared.micro_batch
+    precision = resolve_precision(recipe.precision, device)
+    pieces = 1 if micro_batch is None else -(-len(labels) // micro_batch)
     losses = []
     for some, truth in zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
-        with autocast(step.device, step.precision):
-            loss = nn.functional.cross_entropy(model(some), truth, label_smoothing=step.label_smoothing)
+        with autocast(device, precision):
+            loss = nn.functional.cross_entropy(model(some), truth, label_smoothing=recipe.label_smoothing)
             loss = loss * (len(truth) / len(labels)) if pieces > 1 else loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
@@ -134,18 +143,20 @@ def gradients(model: nn.Module, inputs: Tensor, labels: Tensor, step: Step) -> T
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data: Source, device: torch.device, precision: Precision, *, flip: bool = False
-) -> Evaluation:
+    model: nn.Module, data: Source, device: torch.device, precision: Precision, *, flip: bool = False,
+    interrupted: Callable[[], bool] = never,
+) -> Evaluation:  # fmt: skip
     """Mean cross entropy and top-1 accuracy over all images, centre crops, evaluation mode.
 
-    `flip` scores a second time, over each image and its mirror image.
+    `flip` scores a second time, over each image and its mirror image. Raises Interrupted when asked to.
     """
     model.eval()
     precision = resolve_precision(precision, device)
-    logits, labels = _logits(model, data.evaluation(), device, precision)
+    logits, labels = _logits(model, watched(data.evaluation(), interrupted), device, precision)
     top1_flip = None
     if flip:
-        mirrored, _ = _logits(model, data.evaluation(flipped=True), device, precision)
+        batches = watched(data.evaluation(flipped=True), interrupted)
+        mirrored, _ = _logits(model, batches, device, precision)
         both = logits.softmax(1) + mirrored.softmax(1)
         top1_flip = float((both.argmax(1) == labels).double().mean())
     loss = float(nn.functional.cross_entropy(logits, labels))

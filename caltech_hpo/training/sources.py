@@ -31,8 +31,8 @@ class Source(Protocol):
     def example(self, count: int) -> Tensor:
         """Inputs like a batch's, of `count` images, all zeros."""
 
-    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
-        """One epoch in random order, augmented."""
+    def training(self, order: torch.Generator, draws: torch.Generator, *, start: int = 0) -> Batches:
+        """One epoch in random order, augmented, from batch `start` on."""
 
     def evaluation(self, *, flipped: bool = False) -> Batches:
         """All images in order, centre crops, mirrored if `flipped`."""
@@ -69,9 +69,9 @@ class ImageSource:
         zeros = torch.zeros(count, 3, self.plan.crop, self.plan.crop, device=self.plan.device)
         return zeros.contiguous(memory_format=torch.channels_last)
 
-    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
+    def training(self, order: torch.Generator, draws: torch.Generator, *, start: int = 0) -> Batches:
         """One epoch, augmented."""
-        return training_batches(self.images, self.plan, order, draws)
+        return training_batches(self.images, self.plan, order, draws, start=start)
 
     def evaluation(self, *, flipped: bool = False) -> Batches:
         """Centre crops."""
@@ -104,11 +104,11 @@ class FeatureSource:
         """(count, ...) of the features' type."""
         return torch.zeros_like(self.views[0][:1]).expand(count, *self.views[0].shape[1:]).contiguous()
 
-    def training(self, order: torch.Generator, draws: torch.Generator) -> Batches:
+    def training(self, order: torch.Generator, draws: torch.Generator, *, start: int = 0) -> Batches:
         """One epoch; images are mirrored as the augmentation says."""
         permutation = torch.randperm(len(self.labels), generator=order)
         flip = self.plan.augmentation.flip
-        for chosen in torch.split(permutation[: sum(self.sizes)], self.plan.batch_size):
+        for chosen in torch.split(permutation[: sum(self.sizes)], self.plan.batch_size)[start:]:
             batch = self._rows(self.views[0], chosen)
             if flip:
                 mirrored = torch.rand(len(chosen), generator=draws) < flip

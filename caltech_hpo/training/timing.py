@@ -14,11 +14,11 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.timings import StepTime, kind_of, views_of
 from caltech_hpo.training.device import autocast, resolve_precision, synchronize
 from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
-from caltech_hpo.training.loop import Step, train_epoch
+from caltech_hpo.training.loop import train_batches
 from caltech_hpo.training.memory import MicroBatches, needed_bytes
-from caltech_hpo.training.optimizers import make_optimizer, make_schedule
 from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
 from caltech_hpo.training.sources import FeatureSource, plan_for
+from caltech_hpo.training.state import begin
 
 STEPS = 2  # timed ones, after one that warms up
 SLOW = 4.0  # seconds: a first step that takes longer is taken for the others
@@ -32,7 +32,8 @@ def time_steps(
 
     `features` says whether a worker keeps a frozen prefix's outputs. Raises torch.OutOfMemoryError.
     """
-    begin = time.perf_counter()
+    started = time.perf_counter()
+    recipe = recipe.model_copy(update={"schedule": "step"})  # the others count their steps
     *_, prepared = prepare(recipe, training, validation, device)
     assert isinstance(prepared, Prepared), "prepare ends with it"
     once, kept = 0.0, 0
@@ -43,7 +44,7 @@ def time_steps(
         kept = feature_bytes(parts[0], plan, precision)
         if kept > MOST_BYTES:
             parts, kept = None, 0
-    setup = time.perf_counter() - begin
+    setup = time.perf_counter() - started
     if parts is not None:
         prefix, rest = parts
         inputs, labels = next(prepared.training.in_batches_of(CHUNK).evaluation())
@@ -52,9 +53,9 @@ def time_steps(
         outputs = outputs[repeated]
         source = FeatureSource((outputs, outputs), labels[repeated], plan_for(recipe, device))
         prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
-    begin = time.perf_counter()
+    started = time.perf_counter()
     prepared = memory.fit(recipe, prepared)
-    setup += time.perf_counter() - begin
+    setup += time.perf_counter() - started
     batch, evaluation = _training_time(recipe, prepared), _evaluation_time(recipe, prepared)
     weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     return StepTime(
@@ -66,18 +67,14 @@ def time_steps(
 
 def _training_time(recipe: Recipe, prepared: Prepared) -> float:
     """Seconds of a training batch, the making of the batch included."""
-    optimizer = make_optimizer(prepared.model, recipe)
-    step = Step(
-        optimizer, make_schedule(optimizer, recipe, 1_000_000), None, prepared.device,
-        resolve_precision(recipe.precision, prepared.device), recipe.label_smoothing, prepared.prefix,
-        prepared.micro_batch,
-    )  # fmt: skip
+    state = begin(recipe, prepared)
     batches = _endless(prepared)
     found: list[float] = []
     while len(found) <= STEPS and not (found and found[0] > SLOW):
-        begin = time.perf_counter()
-        train_epoch(prepared.runs, [next(batches)], step)  # ends with reading the loss, which waits for a GPU
-        found.append(time.perf_counter() - begin)
+        started = time.perf_counter()
+        train_batches(recipe, prepared, state, [next(batches)])
+        float(state.loss)  # waits for a GPU
+        found.append(time.perf_counter() - started)
     return statistics.fmean(found[1:] or found)
 
 
@@ -91,12 +88,12 @@ def _evaluation_time(recipe: Recipe, prepared: Prepared) -> float:
     precision = resolve_precision(recipe.precision, prepared.device)
     while len(found) <= STEPS and not (found and found[0] > SLOW):
         batches = prepared.validation.evaluation()
-        begin = time.perf_counter()
+        started = time.perf_counter()
         inputs, labels = next(batches)
         with autocast(prepared.device, precision):
             prepared.runs(inputs)
         synchronize(prepared.device)
-        found.append((time.perf_counter() - begin) / len(labels))
+        found.append((time.perf_counter() - started) / len(labels))
     return views * statistics.fmean(found[1:] or found)
 
 
@@ -107,11 +104,11 @@ def _timed_outputs(
     prefix.eval()
     seconds = 0.0
     for _ in range(2):  # the first one warms up
-        begin = time.perf_counter()
+        started = time.perf_counter()
         with torch.inference_mode(), autocast(device, resolve_precision(recipe.precision, device)):
             outputs = prefix(inputs)
         synchronize(device)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
     # copied outside of inference mode, whose tensors cannot be trained on
     return seconds / len(inputs), torch.empty_like(outputs).copy_(outputs)
 

@@ -1,0 +1,186 @@
+"""A training that is interrupted anywhere goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import write_folders
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.spec import Recipe
+from caltech_hpo.training.checkpoint import (
+    load_checkpoint,
+    previous,
+    read_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from caltech_hpo.training.features import Split
+from caltech_hpo.training.loop import train
+from caltech_hpo.training.memory import with_micro_batch
+from caltech_hpo.training.prepare import prepare
+from caltech_hpo.training.state import begin, capture, restore
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    search = load_search_data(scan(write_folders(folder / "images", images=18)), 40, folder / "cache")
+    return Split(((search.open_training(), "a"),)), Split(((search.open_validation(), "b"),))
+
+
+def recipe(**changes) -> Recipe:
+    values = {
+        "architecture": "resnet18", "resize": 40, "crop": 32, "batch_size": 6, "learning_rate": 0.002,
+        "epochs": 3, "step_size": 1, "precision": "fp32", "classes": 3, "data": "x",
+        "augmentation": "random_crop_flip", "dropout": 0.3,
+    }  # fmt: skip
+    return Recipe.model_validate(values | changes)
+
+
+def ready(made, splits, folder=None):
+    *_, prepared = prepare(made, *splits, CPU, features=folder)
+    return prepared
+
+
+def told(results):
+    return [result.model_dump(exclude={"seconds"}) for result in results]
+
+
+def weights(prepared):
+    return {name: value.clone() for name, value in prepared.model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+RECIPES = [
+    {},
+    {"optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle", "ema": 0.9},
+    {"schedule": "cosine", "warmup": 0.3, "mixup": 0.2, "nesterov": True, "head_lr_factor": 3.0},
+    {"augmentation": "concat", "erasing": 0.5, "test_time_flip": True, "ema": 0.5, "epochs": 2},
+    {"freeze": "features", "augmentation": "center_crop_flip"},
+    {"precision": "bf16", "momentum": 0.0},
+]
+
+
+@pytest.mark.parametrize(
+    "changes", RECIPES, ids=lambda changes: "-".join(map(str, changes.values())) or "sgd"
+)
+def test_interrupted_after_any_batch_it_ends_the_same(splits, tmp_path, changes):
+    """Stopped at random batches, in training and in validation, each time in a new process's state."""
+    made = recipe(**changes)
+    features = tmp_path / "features" if "freeze" in changes else None
+    whole = ready(made, splits, features)
+    expected = list(train(made, whole))
+    draw = random.Random(str(changes))
+    file, results, stops = tmp_path / "trial.ckpt", [], 0
+    while len(results) < made.epochs:
+        torch.manual_seed(draw.randrange(1000))  # what another process would have
+        prepared = ready(made, splits, features)
+        state = begin(made, prepared)
+        if stops:
+            restore(state, made, prepared, *load_checkpoint(file))
+            assert told(state.results) == told(expected[: len(state.results)])
+        left = draw.randrange(1, 14)
+
+        def interrupted():
+            nonlocal left
+            left -= 1
+            return left < 0
+
+        for _ in train(made, prepared, state, interrupted=interrupted):
+            pass
+        results = state.results
+        save_checkpoint(file, *capture(state, prepared))
+        stops += 1
+    assert stops > 2 and told(results) == told(expected)
+    if not made.ema:  # the averages were swapped in at the last epoch of one, and back in the other
+        assert same(weights(prepared), weights(whole))
+
+
+def test_between_epochs_the_averaged_model_is_out_and_the_trained_one_is_saved(splits, tmp_path):
+    made = recipe(ema=0.9)
+    whole = list(train(made, ready(made, splits)))
+    prepared = ready(made, splits)
+    state = begin(made, prepared)
+    running = train(made, prepared, state)
+    next(running)
+    shown = weights(prepared)
+    save_checkpoint(tmp_path / "t", *capture(state, prepared))
+    assert same(weights(prepared), shown)  # looking changed nothing
+    again = ready(made, splits)
+    state = begin(made, again)
+    restore(state, made, again, *load_checkpoint(tmp_path / "t"))
+    assert told(train(made, again, state)) == told(whole[1:]) and told(state.results) == told(whole)
+
+
+def test_pieces_of_a_batch_go_on_too(splits, tmp_path):
+    made = recipe(epochs=2)
+    expected = list(train(made, with_micro_batch(ready(made, splits), made, 2)))
+    prepared = with_micro_batch(ready(made, splits), made, 2)
+    state = begin(made, prepared)
+    next(train(made, prepared, state))
+    tensors, document = capture(state, prepared)
+    again = with_micro_batch(ready(made, splits), made, 2)
+    state = begin(made, again)
+    restore(state, made, again, tensors, document)
+    assert told(train(made, again, state)) == told(expected[1:])
+
+
+def test_only_what_changes_is_saved(splits):
+    made = recipe(freeze="features")
+    prepared = ready(made, splits)
+    tensors, _ = capture(begin(made, prepared), prepared)
+    learned = {name for name in tensors if name.startswith("model.") and "running" not in name}
+    assert {name for name in learned if "num_batches" not in name} == {"model.fc.weight", "model.fc.bias"}
+
+
+def checkpoint(number):
+    return {"x": torch.full((3,), float(number))}, {"epoch": number, "loss": "NaN"}
+
+
+def test_the_one_before_is_kept_and_used(tmp_path):
+    file = tmp_path / "deep" / "trial.ckpt"
+    assert load_checkpoint(file) is None
+    save_checkpoint(file, *checkpoint(1))
+    save_checkpoint(file, *checkpoint(2))
+    assert load_checkpoint(file)[1]["epoch"] == 2 and read_checkpoint(previous(file))[1]["epoch"] == 1
+    file.write_bytes(file.read_bytes()[:-1])
+    tensors, document = load_checkpoint(file)
+    assert document == {"epoch": 1, "loss": "NaN"} and tensors["x"].tolist() == [1, 1, 1]
+    file.unlink()  # killed between the two renames
+    assert load_checkpoint(file)[1]["epoch"] == 1
+    remove_checkpoint(file)
+    assert not list(file.parent.iterdir())
+
+
+def test_flipped_bits_are_noticed(tmp_path):
+    file = tmp_path / "trial.ckpt"
+    save_checkpoint(file, {"x": torch.arange(200.0)}, {"epoch": 1})
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        assert read_checkpoint(file) is None
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
+    file = tmp_path / "trial.ckpt"
+    save_checkpoint(file, *checkpoint(1))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(file, *checkpoint(2))
+    assert load_checkpoint(file)[1]["epoch"] == 1 and len(list(tmp_path.iterdir())) == 1
