@@ -65,3 +65,11 @@ def record_all(url: str, rows) -> None:
 
     for row in rows:
         record(url, row)
+
+
+def eager_worker(connection, config) -> None:
+    """A worker that saves a checkpoint after every epoch; here, where a spawned process can import it."""
+    from caltech_hpo.search import worker
+
+    worker.CHECKPOINT_EVERY = 0.0
+    worker.worker_main(connection, config)

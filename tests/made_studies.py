@@ -43,7 +43,7 @@ class Curves:
     def event_within(self, seconds):
         return True
 
-    def next_event(self):
+    def next_event(self, seconds=None):
         event = next(e for e in self.events if not self.stopped or isinstance(e, Finished))
         self.free = int(isinstance(event, Finished))
         return event

@@ -27,6 +27,7 @@ from caltech_hpo.cli.options import (
 )
 from caltech_hpo.cli.plan_commands import forecast_line
 from caltech_hpo.cli.search_view import SearchView
+from caltech_hpo.cli.stopping import StopSignals
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
 
@@ -111,9 +112,14 @@ def search(
     with goes_on(), contextlib.ExitStack() as stack:
         if smoke:
             request, place = stack.enter_context(prepare_smoke(request, place))
+        stop = StopSignals()
         with progress_bars() as bars:
-            opened = stack.enter_context(open_search(request, place, progress=bars, say=say))
-        follow(opened, request)
+            opened = stack.enter_context(open_search(request, place, progress=bars, say=say, stop=stop.asked))
+        with stop.caught():
+            follow(opened, request)
+        if stop.asked():
+            say("paused; the same command goes on from here")
+            raise typer.Exit(stop.exit_code)
         conclude(request, place, smoke=smoke, as_json=as_json)
 
 

@@ -68,26 +68,32 @@ class SearchView:
 
     def handle(self, event: SearchEvent) -> None:
         """Takes in one event."""
-        from caltech_hpo.search.events import Requeued, TrialEnded, TrialEpoch, TrialStarted, TrialWorking
+        from caltech_hpo.search import events
 
         if self._forecaster:
             self._forecaster.handle(event)
             found = self._forecaster.forecast(self._trials)
             self._left = duration(found.seconds) if found else self._left
-        if isinstance(event, TrialStarted):
+        if isinstance(event, events.TrialStarted):
             self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
             note = f" [baseline {event.baseline}]" if event.baseline else ""
             self._line(f"trial {event.number} starts: {short_params(event.params)}{note}")
-        elif isinstance(event, TrialWorking):
+        elif isinstance(event, events.TrialWorking):
             self._rows[event.number].doing = f"{event.what}: {event.done:,} of {event.total:,}"
             if not self._console.is_terminal:
                 self._lines(event.what, event.done, event.total)
-        elif isinstance(event, TrialEpoch):
+        elif isinstance(event, events.TrialEpoch):
             self._epoch(event.number, event.result, event.best)
-        elif isinstance(event, TrialEnded):
+        elif isinstance(event, events.TrialEnded):
             self._ended(event.number, event.state, event.value, event.stop_reason)
-        elif isinstance(event, Requeued):
-            self._line(f"trial {event.number} was left unfinished; its parameters are queued again")
+        elif isinstance(event, events.TrialResumed):
+            self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
+            self._line(f"trial {event.number} goes on: {event.done} of {event.epochs} epochs were recorded")
+        elif isinstance(event, events.TrialPaused):
+            self._rows[event.number].state = "paused"
+            self._line(f"trial {event.number} is paused")
+        elif isinstance(event, events.Requeued):
+            self._line(f"trial {event.number} never began; its parameters are queued again")
 
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]

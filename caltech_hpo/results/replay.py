@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import study_spec
-from caltech_hpo.search.pruning import DIVERGED, lags, make_pruner
+from caltech_hpo.search.pruning import DIVERGED, lags, make_pruner, report
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
@@ -200,7 +200,8 @@ def _pruned_at(trial: optuna.Trial, record: TrialRecord, declared: PrunerSpec, *
     diverged = record.stop_reason.startswith(DIVERGED)
     for result in record.epochs:
         spared = exempt or (diverged and result.epoch == last)
-        if lags(trial, result, epochs, declared, exempt=spared):
+        report(trial, result, epochs, declared)
+        if not spared and lags(trial, result, epochs, declared):
             return result.epoch
     return None
 

@@ -54,4 +54,23 @@ class Requeued:
     number: int
 
 
-SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | Requeued
+@dataclass(frozen=True)
+class TrialResumed:
+    """A trial goes on from its checkpoint (or from its start, where it has none): after its worker died, or
+    after an earlier search left it. `done` of its `epochs` are in the database."""
+
+    number: int
+    params: dict[str, Any]
+    epochs: int
+    done: int
+    baseline: str
+
+
+@dataclass(frozen=True)
+class TrialPaused:
+    """A trial is left where it is; the next search goes on with it."""
+
+    number: int
+
+
+SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | TrialResumed | TrialPaused | Requeued

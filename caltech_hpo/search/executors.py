@@ -7,21 +7,19 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from caltech_hpo.search.messages import (
     Died,
     EpochDone,
     Event,
-    Failed,
-    Finished,
     Job,
     Measure,
-    Measured,
+    Pause,
     Ready,
     Refused,
     WorkerConfig,
@@ -29,7 +27,7 @@ from caltech_hpo.search.messages import (
 )
 
 if TYPE_CHECKING:
-    from caltech_hpo.search.worker import WorkerContext
+    pass
 
 # glibc returns every freed activation (tens of MB each) to the system and faults it in again at the
 # next step. Keeping freed memory, in huge pages, made an AlexNet step on a CPU 1.25 times as fast.
@@ -63,59 +61,23 @@ class Executor(Protocol):
     def event_within(self, seconds: float) -> bool:
         """Whether the next event comes within so many seconds; waits no longer."""
 
-    def next_event(self) -> Event:
-        """Waits for the next event of any worker with a job."""
+    @overload
+    def next_event(self) -> Event: ...
+
+    @overload
+    def next_event(self, seconds: float) -> Event | None: ...
+
+    def next_event(self, seconds: float | None = None) -> Event | None:
+        """Waits for the next event of any worker with a job; None if none came in so many seconds."""
 
     def answer(self, job: int, go_on: bool) -> None:
         """Tells the worker that waits after an epoch to go on or to stop."""
 
-    def close(self) -> None:
-        """Ends the workers; jobs still running are lost."""
-
-
-class InlineExecutor:
-    """One worker in this process, for tests and debugging: it trains while `next_event` waits."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        """Opens the data. Raises CaltechHpoError as `open_worker` does."""
-        from caltech_hpo.search.worker import open_worker
-
-        self._context: WorkerContext = open_worker(config)
-        self.ready: Ready = self._context.ready
-        self._events: Generator[Working | EpochDone | Finished | Measured | Failed, bool, None] | None = None
-        self._go_on: bool | None = None
-
-    @property
-    def free(self) -> int:
-        """1 between jobs, else 0."""
-        return int(self._events is None)
-
-    def submit(self, job: Job | Measure) -> None:
-        """Prepares the job; it runs in `next_event`."""
-        from caltech_hpo.search.worker import run_job
-
-        self._events, self._go_on = run_job(job, self._context), None
-
-    def event_within(self, seconds: float) -> bool:
-        """False: nothing happens before `next_event`."""
-        return False
-
-    def next_event(self) -> Event:
-        """Trains until the job's next event."""
-        assert self._events is not None, "no job"
-        event = next(self._events) if self._go_on is None else self._events.send(self._go_on)
-        self._go_on = None
-        if not isinstance(event, (EpochDone, Working)):
-            self._events = None
-        return event
-
-    def answer(self, job: int, go_on: bool) -> None:
-        """Remembered until `next_event`."""
-        self._go_on = go_on
+    def pause(self) -> None:
+        """Asks all jobs to save where they are and to be Paused."""
 
     def close(self) -> None:
-        """Drops the job."""
-        self._events = None
+        """Ends the workers; jobs still running stop where their last checkpoint is."""
 
 
 @dataclass
@@ -187,10 +149,18 @@ class ProcessExecutor:
             )
         return bool(self._ready)
 
-    def next_event(self) -> Event:
+    @overload
+    def next_event(self) -> Event: ...
+
+    @overload
+    def next_event(self, seconds: float) -> Event | None: ...
+
+    def next_event(self, seconds: float | None = None) -> Event | None:
         """The next event; a dead worker is replaced before its Died is returned."""
         busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
-        ready = self._ready or wait(list(busy))
+        ready = self._ready or wait(list(busy), seconds)
+        if not ready:
+            return None
         worker = busy[ready[0]]  # type: ignore[index]
         self._ready = ready[1:]
         assert worker.job is not None
@@ -213,6 +183,13 @@ class ProcessExecutor:
         worker = next(worker for worker in self._workers if worker.job == job)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # next_event will say Died
             worker.connection.send(go_on)
+
+    def pause(self) -> None:
+        """Sends Pause to all that have a job."""
+        for worker in self._workers:
+            if worker.job is not None:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    worker.connection.send(Pause())
 
     def close(self) -> None:
         """Asks idle workers to leave, ends busy ones, waits for all."""

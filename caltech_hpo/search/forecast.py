@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from caltech_hpo.search.events import SearchEvent, TrialEnded, TrialEpoch, TrialStarted
+from caltech_hpo.search.events import SearchEvent, TrialEnded, TrialEpoch, TrialResumed, TrialStarted
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.space import suggest
 from caltech_hpo.spec import Hyperparameters, StudySpec
@@ -137,10 +137,11 @@ class Forecaster:
 
     def handle(self, event: SearchEvent) -> None:
         """Takes in one event of the search."""
-        if isinstance(event, TrialStarted):
+        if isinstance(event, (TrialStarted, TrialResumed)):
             values = self._values(event.params)
             self._queued = [other for other in self._queued if other != values]
-            self._running[event.number] = _Trial(kind_of(values), event.epochs)
+            done = event.done if isinstance(event, TrialResumed) else 0
+            self._running[event.number] = _Trial(kind_of(values), event.epochs, done)
         elif isinstance(event, TrialEpoch):
             trial = self._running[event.number]
             trial.done = event.result.epoch

@@ -34,11 +34,19 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One training. `keep` is where the best epoch's weights go (None: nowhere)."""
+    """One training. `keep` is where the best epoch's weights go, `checkpoint` where it is to go on from and
+    where it is kept while it runs (None: nowhere). The first `known` epochs need not be told again."""
 
     number: int
     recipe: Recipe
     keep: Path | None = None
+    checkpoint: Path | None = None
+    known: int = 0
+
+
+@dataclass(frozen=True)
+class Pause:
+    """To a worker in mid-job: finish the batch, save a checkpoint, say Paused."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,13 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """A job stopped where its checkpoint is."""
+
+    job: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """What a `Measure` found, of as many recipes as there was time for.
 
@@ -121,7 +136,7 @@ class Died:
     exit_code: int
 
 
-Event = Working | EpochDone | Finished | Measured | Failed | Died
+Event = Working | EpochDone | Finished | Paused | Measured | Failed | Died
 
 
 class WorkerBugError(RuntimeError):

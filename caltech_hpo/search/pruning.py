@@ -52,19 +52,20 @@ def report_steps(epoch: int, epochs: int, compare_at: str) -> range:
     return range(PERCENT * (epoch - 1) // epochs + 1, PERCENT * epoch // epochs + 1)
 
 
-def lags(
-    trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec, *, exempt: bool
-) -> bool:
-    """Reports an epoch to Optuna and asks its pruner whether the trial of `epochs` epochs shall end.
+def report(trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec) -> None:
+    """Reports an epoch of a trial of `epochs` to Optuna, at the steps where trials are compared."""
+    for step in report_steps(result.epoch, epochs, declared.compare_at):
+        trial.report(result.validation_top1 or 0.0, step)
+
+
+def lags(trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec) -> bool:
+    """Whether Optuna's pruner would end the trial of `epochs` epochs after the one that was reported.
 
     The pruner sees every epoch, but is not asked during the warm-up (counted in epochs, whatever trials
-    are compared at), after the last epoch, or for an `exempt` trial.
+    are compared at) or after the last epoch.
     """
     steps = report_steps(result.epoch, epochs, declared.compare_at)
-    for step in steps:
-        trial.report(result.validation_top1 or 0.0, step)
-    asked = len(steps) > 0 and not exempt and declared.warmup_epochs <= result.epoch < epochs
-    return asked and trial.should_prune()
+    return len(steps) > 0 and declared.warmup_epochs <= result.epoch < epochs and trial.should_prune()
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

@@ -25,6 +25,11 @@ def silent(text: str) -> None:
     """The `Say` of a caller that wants no messages."""
 
 
+def never() -> bool:
+    """Nobody asks a search to stop."""
+    return False
+
+
 @dataclass(frozen=True)
 class Place:
     """Where things are kept: the home folder and the study database's URL.
@@ -46,6 +51,11 @@ class Place:
     def features(self) -> Path:
         """Outputs of frozen prefixes."""
         return self.cache / "features"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where running trials stand."""
+        return (self.scratch or self.home) / "checkpoints"
 
     @property
     def datasets(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
-from caltech_hpo.search.request import Place, Say, SearchRequest, resolve_spec, silent
+from caltech_hpo.search.request import Place, Say, SearchRequest, never, resolve_spec, silent
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_files import complete_params
@@ -73,9 +73,12 @@ def locate_data(
 
 @contextlib.contextmanager
 def open_search(
-    request: SearchRequest, place: Place, *, progress: Progress | None = None, say: Say = silent
-) -> Iterator[Search]:
+    request: SearchRequest, place: Place, *, progress: Progress | None = None, say: Say = silent,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Search]:  # fmt: skip
     """Everything up to the first trial; closing it ends the workers and releases the study.
+
+    Once `stop` says True the events end soon, and the running trials wait for the next search.
 
     Refuses before any work: faulty specs, a changed study, a study that another search holds,
     missing data, unreadable images, missing weights.
@@ -100,12 +103,12 @@ def open_search(
             check_unchanged(
                 stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
             )
-        yield from _run(request, place, spec, index, finished, progress, say)
+        yield from _run(request, place, spec, index, finished, progress, say, stop)
 
 
 def _run(
     request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, finished: int,
-    progress: Progress | None, say: Say,
+    progress: Progress | None, say: Say, stop: Callable[[], bool],
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.planning import binding_of, forecaster_for
@@ -140,14 +143,15 @@ def _run(
         records = trial_records(study)
         forecaster = forecaster_for(executor, spec, records, data, request, progress)
         supervisor = Supervisor(
-            study, held_storage, spec, executor, binding, baselines=request.baselines, pruning=request.pruning
-        )
+            study, held_storage, spec, executor, binding, baselines=request.baselines,
+            pruning=request.pruning, checkpoints=place.checkpoints / request.study,
+        )  # fmt: skip
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
-        events = supervisor.run(request.trials, seconds=seconds)
+        events = supervisor.run(request.trials, seconds=seconds, stop=stop)
         try:
             yield Search(spec, records, events, executor.ready.device, workers, forecaster)
         finally:
-            events.close()  # gives trials still running back to the queue
+            events.close()
 
 
 def enqueue(study: optuna.Study, points: list[dict[str, Any]], say: Say) -> None:

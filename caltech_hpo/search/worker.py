@@ -7,7 +7,7 @@ import itertools
 import signal
 import time
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.search.line import Line
 from caltech_hpo.search.messages import (
     EpochDone,
     Failed,
@@ -23,6 +24,7 @@ from caltech_hpo.search.messages import (
     Job,
     Measure,
     Measured,
+    Paused,
     Ready,
     Refused,
     WorkerConfig,
@@ -30,20 +32,22 @@ from caltech_hpo.search.messages import (
 )
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.timings import StepTime
-from caltech_hpo.training.checkpoint import save_weights
+from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from caltech_hpo.training.device import describe_device, keep_near, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
-from caltech_hpo.training.loop import train
+from caltech_hpo.training.loop import never, train
 from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share, peak_memory
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
+from caltech_hpo.training.state import TrainingState, begin, capture, restore
 from caltech_hpo.training.timing import time_steps
 
 PACKAGES = ("caltech-hpo", "torch", "torchvision", "timm", "optuna")
-JobEvent = Working | EpochDone | Finished | Measured | Failed
+JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
 # Between progress messages of one job, in parts of the whole.
 PROGRESS_STEPS = 50
+CHECKPOINT_EVERY = 60.0  # seconds; at the end of an epoch
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,19 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     )
 
 
-def run_job(job: Job | Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:
-    """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished or Failed.
+def run_job(
+    job: Job | Measure, context: WorkerContext, interrupted: Callable[[], bool] = never
+) -> Generator[JobEvent, bool, None]:
+    """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished, Paused or Failed.
 
-    `Working` comes before the first epoch and takes no answer. A Measure ends with Measured or Failed.
+    `Working` takes no answer. A Measure ends with Measured or Failed. Once `interrupted` says True, the
+    training stops after its batch, saves where it is, and is Paused.
     """
     try:
-        yield from _epochs(job, context) if isinstance(job, Job) else _measure(job, context)
+        if isinstance(job, Job):
+            yield from _epochs(job, context, interrupted)
+        else:
+            yield from _measure(job, context)
     except CaltechHpoError as error:
         yield Failed(job.number, "refused", str(error))
     except Exception as error:
@@ -114,18 +124,26 @@ def run_job(job: Job | Measure, context: WorkerContext) -> Generator[JobEvent, b
         torch.cuda.empty_cache()
 
 
-def _epochs(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, None]:
+def _epochs(
+    job: Job, context: WorkerContext, interrupted: Callable[[], bool]
+) -> Generator[JobEvent, bool, None]:
     while True:
         prepared = yield from _prepared(job, context)
-        results = train(job.recipe, prepared)
+        state = begin(job.recipe, prepared)
+        found = load_checkpoint(job.checkpoint) if job.checkpoint else None
+        if found is not None and found[1]["recipe"] == job.recipe.hash:
+            restore(state, job.recipe, prepared, *found)
+        before = list(state.results)
+        results = train(job.recipe, prepared, state, interrupted=interrupted)
         try:
-            first = next(results)
+            first = next(results, None)
         except RuntimeError as error:
             # Others may have taken memory since it was looked at: once more, fewer images at a time.
             if not is_out_of_memory(error) or not context.memory.shrink(job.recipe, prepared):
                 raise
         else:
-            yield from _report(job, prepared, itertools.chain([first], results))
+            new = itertools.chain([first] if first else [], results)
+            yield from _report(job, prepared, state, before, new)
             return
 
 
@@ -146,27 +164,46 @@ def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Pre
     return context.memory.fit(job.recipe, prepared)
 
 
-def _report(job: Job, prepared: Prepared, results: Iterable[EpochResult]) -> Generator[JobEvent, bool, None]:
-    """Yields the epochs, keeps the best one's weights where asked to, stops when told to."""
-    best = -1.0
-    for result in results:
+def _report(
+    job: Job, prepared: Prepared, state: TrainingState, before: list[EpochResult],
+    results: Iterable[EpochResult],
+) -> Generator[JobEvent, bool, None]:  # fmt: skip
+    """Yields the epochs that are not known, keeps the best one's weights where asked to, stops when told to.
+
+    Those `before` come from the checkpoint: their weights were kept when they were new.
+    """
+    best, saved = -1.0, time.monotonic()
+    for new, result in itertools.chain(((False, r) for r in before), ((True, r) for r in results)):
         score = result.validation_top1
         improved = result.epoch == job.recipe.epochs if score is None else score > best
         if improved:
             best = score if score is not None else best
-            if job.keep is not None:
+            if job.keep is not None and new:
                 save_weights(prepared.model, job.keep)
-        go_on = yield EpochDone(job.number, result)
-        if not go_on:
-            break
-    yield Finished(job.number)
+        if result.epoch > job.known and not (yield EpochDone(job.number, result)):
+            yield Finished(job.number)
+            return
+        if new and job.checkpoint and time.monotonic() - saved >= CHECKPOINT_EVERY:
+            _save(job, prepared, state, job.checkpoint)
+            saved = time.monotonic()
+    if state.epoch > job.recipe.epochs:
+        yield Finished(job.number)
+        return
+    if job.checkpoint:
+        _save(job, prepared, state, job.checkpoint)
+    yield Paused(job.number)
+
+
+def _save(job: Job, prepared: Prepared, state: TrainingState, path: Path) -> None:
+    tensors, document = capture(state, prepared)
+    save_checkpoint(path, tensors, {"recipe": job.recipe.hash, **document})
 
 
 def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:
-    begin = time.monotonic()
+    started = time.monotonic()
     times: list[StepTime] = []
     for number, recipe in enumerate(job.recipes):
-        if times and time.monotonic() - begin > job.seconds:
+        if times and time.monotonic() - started > job.seconds:
             break
         yield Working(job.number, "timing steps", number, len(job.recipes))
         times.append(
@@ -179,8 +216,13 @@ def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, 
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:
-    """A worker process: says Ready or Refused, then runs jobs until the pipe closes or None comes."""
+    """A worker process: says Ready or Refused, then runs jobs until the pipe closes or None comes.
+
+    A message in mid-job, the pipe's end or SIGTERM pause the job; after SIGTERM the process ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    line = Line(connection)
+    signal.signal(signal.SIGTERM, lambda *_: line.terminated.set())
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the supervisor is gone
         try:
             context = open_worker(config)
@@ -188,11 +230,11 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
             connection.send(Refused(error))
             return
         connection.send(context.ready)
-        while (job := connection.recv()) is not None:
-            events = run_job(job, context)
+        while (job := line.next_job()) is not None:
+            events = run_job(job, context, line.interrupted)
             event = next(events)
             while isinstance(event, (EpochDone, Working)):
                 connection.send(event)
-                event = events.send(connection.recv()) if isinstance(event, EpochDone) else next(events)
+                event = events.send(line.decision()) if isinstance(event, EpochDone) else next(events)
             connection.send(event)
             events.close()

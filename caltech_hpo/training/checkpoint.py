@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.training.checkpoint_files import previous, unfinished
 
 MAGIC = b"CHPOCKP1"
 DIGEST_BYTES, LENGTH_BYTES = 32, 8
@@ -41,11 +42,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path), strict=True)
 
 
-def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is kept."""
-    return path.with_name(f"{path.name}.previous")
-
-
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
     """Writes tensors and a JSON document under a SHA-256; the checkpoint before is kept until this is there.
 
@@ -59,7 +55,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, 
     for part in body:
         digest.update(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = unfinished(path)
     try:
         with temporary.open("wb") as file:
             file.writelines([MAGIC, digest.digest(), *body])
@@ -97,9 +93,3 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     length = int.from_bytes(body[:LENGTH_BYTES], "little")
     document: dict[str, Any] = json.loads(bytes(body[LENGTH_BYTES : LENGTH_BYTES + length]))
     return load(bytes(body[LENGTH_BYTES + length :])), document
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint and the one before."""
-    for file in (path, previous(path), path.with_name(f"{path.name}.tmp")):
-        file.unlink(missing_ok=True)

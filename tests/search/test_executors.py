@@ -8,13 +8,23 @@ import os
 import signal
 
 import pytest
-from helpers import write_folders
+from helpers import eager_worker, write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.search.executors import InlineExecutor, ProcessExecutor
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, WorkerConfig
+from caltech_hpo.search.executors import ProcessExecutor
+from caltech_hpo.search.inline import InlineExecutor
+from caltech_hpo.search.messages import (
+    Died,
+    EpochDone,
+    Failed,
+    Finished,
+    Job,
+    Paused,
+    WorkerConfig,
+    Working,
+)
 from caltech_hpo.spec import Hyperparameters, Recipe
 
 
@@ -95,6 +105,72 @@ def test_a_killed_worker_is_reported_and_replaced(config):
     assert not multiprocessing.active_children()
 
 
+def settled(executor):
+    """All events until the job's last, answered with "go on"."""
+    events = [executor.next_event()]
+    while isinstance(events[-1], (EpochDone, Working)):
+        if isinstance(events[-1], EpochDone):
+            executor.answer(events[-1].job, True)
+        events.append(executor.next_event())
+    return events
+
+
+@pytest.mark.parametrize("how", ["pause", "kill", "terminate"])
+def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
+    """Paused, its worker killed or asked to end: the epochs are those of one that was left alone."""
+    many = recipe(epochs=6, augmentation="random_crop_flip", dropout=0.2)
+    file = tmp_path / "checkpoints" / "trial-0.checkpoint"
+    executor = ProcessExecutor(config, 1, target=eager_worker if how == "kill" else None)
+    try:
+        expected = scores(settled_job(executor, Job(0, many)))
+        executor.submit(Job(1, many, checkpoint=file))
+        begun = []
+        while len(begun) < 2:
+            begun.append(executor.next_event())
+            if len(begun) < 2:
+                executor.answer(1, True)
+        process = executor._workers[0].process
+        if how == "pause":
+            executor.pause()
+        else:
+            os.kill(process.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        executor.answer(1, True)
+        rest = settled(executor)
+        begun += rest[:-1]
+        if how == "pause":
+            assert rest[-1] == Paused(1) and executor.free == 1
+        elif how == "kill":
+            assert rest[-1] == Died(1, -signal.SIGKILL)
+        assert file.exists()
+        known = len(scores(begun))
+        again = settled_job(executor, Job(1, many, checkpoint=file, known=known))
+        if isinstance(again[-1], Died):  # the worker that was asked to end had ended by now
+            again = settled_job(executor, Job(1, many, checkpoint=file, known=known))
+        assert again[-1] == Finished(1)
+        assert scores(begun) + scores(again) == expected
+        # what the supervisor does not know, though it was trained, is told again
+        assert scores(settled_job(executor, Job(2, many, checkpoint=file, known=1))) == expected[1:]
+    finally:
+        executor.close()
+
+
+def settled_job(executor, job):
+    executor.submit(job)
+    return settled(executor)
+
+
+def test_a_checkpoint_of_another_recipe_is_left_alone(config, tmp_path):
+    file = tmp_path / "trial-0.checkpoint"
+    executor = InlineExecutor(config)
+    executor.submit(Job(0, recipe(epochs=3), checkpoint=file))
+    executor.next_event()
+    executor.pause()
+    executor.answer(0, True)
+    assert executor.next_event() == Paused(0)
+    other = recipe(epochs=3, learning_rate=0.02)
+    assert scores(play(executor, Job(1, other, checkpoint=file))) == scores(play(executor, Job(2, other)))
+
+
 def test_workers_end_with_the_executor_even_in_mid_epoch(config):
     executor = ProcessExecutor(config, 2)
     executor.submit(Job(0, recipe(epochs=10_000)))
@@ -146,7 +222,7 @@ def test_memory_that_runs_out_is_an_outcome(config, monkeypatch):
 
     tried = []
 
-    def exhausted(_, prepared):
+    def exhausted(_, prepared, *args, **options):
         tried.append(prepared.micro_batch)
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         yield

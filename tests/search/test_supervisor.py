@@ -9,8 +9,15 @@ import pytest
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.search.events import Requeued, TrialEnded, TrialEpoch, TrialStarted
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready, WorkerBugError
+from caltech_hpo.search.events import (
+    Requeued,
+    TrialEnded,
+    TrialEpoch,
+    TrialPaused,
+    TrialResumed,
+    TrialStarted,
+)
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Paused, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import default_url, open_storage, open_study
@@ -42,6 +49,7 @@ class Scripted:
     def __init__(self, script=steady, workers=1, bursts=True):
         self.script, self.workers, self.bursts = script, workers, bursts
         self.jobs, self.events, self.stopped, self.most = [], {}, set(), 0
+        self.paused = False
         self.ready = Ready("cpu", "fp32", {"torch": "0"})
 
     @property
@@ -51,16 +59,21 @@ class Scripted:
     def submit(self, job):
         assert self.free > 0
         self.jobs.append(job)
-        self.events[job.number] = self.script(job)
+        told = self.script(job)  # a worker does not tell again what is known
+        self.events[job.number] = (
+            event for event in told if not isinstance(event, EpochDone) or event.result.epoch > job.known
+        )
         self.most = max(self.most, len(self.events))
 
     def event_within(self, seconds):
         return self.bursts and len(self.jobs) % 2 == 0  # of every second trial, epochs come in bursts
 
-    def next_event(self):
+    def next_event(self, seconds=None):
         number = next(iter(self.events))
         script = self.events.pop(number)
         event = Finished(number) if number in self.stopped else next(script)
+        if self.paused and isinstance(event, EpochDone):
+            event = Paused(number)
         if isinstance(event, EpochDone):
             self.events[number] = script  # to the end of the line
         return event
@@ -68,6 +81,9 @@ class Scripted:
     def answer(self, job, go_on):
         if not go_on:
             self.stopped.add(job)
+
+    def pause(self):
+        self.paused = True
 
     def close(self):
         pass
@@ -267,32 +283,67 @@ def test_a_search_without_pruning_keeps_what_lags_and_ends_what_diverges(storage
     assert study.trials[4].user_attrs["stop_reason"] == "lagging: median pruner at epoch 1"
 
 
-def test_an_interrupted_search_gives_its_trials_back(storage):
+def test_an_interrupted_search_goes_on_with_the_same_trials(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
     run = Supervisor(*hold(study, storage), SPEC, Scripted(workers=2, bursts=False), BINDING).run(4)
     params = [next(run).params for _ in range(2)]
-    next(run)
-    run.close()
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL", "WAITING", "WAITING"]
-    assert {trial.user_attrs["stop_reason"] for trial in study.trials[:2]} == {"interrupted"}
-    study, _ = supervise(storage, Scripted(), 4)
-    done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    assert len(done) == 4
-    assert [trial.params for trial in done[:2]] == params
-    assert done[0].user_attrs["baseline"] == SPEC.baselines[0].name
-    assert sum("baseline" in trial.user_attrs for trial in done) == 1
+    assert isinstance(next(run), TrialEpoch)
+    run.close()  # as after kill -9
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "RUNNING"]
+    before = [len(record.epochs) for record in trial_records(study)]
+    executor = Scripted()
+    study, events = supervise(storage, executor, 4)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    assert [trial.params for trial in study.trials[:2]] == params
+    assert [job.known for job in executor.jobs] == [*before, 0, 0] and before[0] == 1
+    assert events[0] == TrialResumed(0, params[0], params[0]["epochs"], 1, SPEC.baselines[0].name)
+    for record in trial_records(study):
+        assert [result.epoch for result in record.epochs] == list(range(1, record.recipe.epochs + 1))
+    assert sum("baseline" in trial.user_attrs for trial in study.trials) == 1
 
 
-def test_trials_of_a_dead_search_are_run_again(storage):
+def test_a_search_that_is_asked_to_stop_pauses_its_trials(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
-    params = suggest(study.ask(), SPEC)  # as after kill -9: running, and nobody tells it
-    study.ask()  # killed before its parameters were drawn
+    seen = []
+    executor = Scripted(workers=2, bursts=False)
+    supervisor = Supervisor(*hold(study, storage), SPEC, executor, BINDING)
+    for event in supervisor.run(9, stop=lambda: sum(isinstance(e, TrialEpoch) for e in seen) > 2):
+        seen.append(event)
+    assert executor.paused and {type(event) for event in seen[-2:]} == {TrialPaused}
+    running = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+    assert {trial.number for trial in running} == {event.number for event in seen[-2:]}
+    study, _ = supervise(storage, Scripted(), 9)
+    assert len(study.trials) == 9 and all(t.state == TrialState.COMPLETE for t in study.trials)
+
+
+def test_a_trial_that_had_ended_but_was_not_told_is_told(storage):
+    """Killed between the last epoch and the end of the trial: nothing is trained again."""
+
+    def script(job):
+        yield EpochDone(job.number, epoch(1, 0.3))
+        yield EpochDone(job.number, epoch(2, 0.5))
+        raise RuntimeError("as if it were killed")
+
+    changes = {"recipe": SPEC.recipe.model_copy(update={"epochs": 2}), "baselines": ()}
+    short = SPEC.model_copy(update=changes | {"space": {"learning_rate": SPEC.space["learning_rate"]}})
+    with pytest.raises(RuntimeError, match="as if"):
+        supervise(storage, Scripted(script, bursts=False), 2, short)
+    executor = Scripted(script)
+    study, events = supervise(storage, executor, 1, short)
+    assert [type(event) for event in events] == [TrialResumed, TrialEnded] and not executor.jobs
+    assert study.trials[0].state == TrialState.COMPLETE and study.trials[0].value == 0.5
+
+
+def test_trials_that_never_began_are_asked_for_again(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    params = suggest(study.ask(), SPEC)  # by an earlier version, killed before it wrote the recipe
+    study.ask()
     again, events = supervise(storage, Scripted(), 3)
     assert [type(event) for event in events[:2]] == [Requeued, Requeued]
     states = [trial.state.name for trial in again.trials]
     assert states == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert again.trials[2].params == params
-    assert "interrupted" in again.trials[0].user_attrs["stop_reason"]
+    assert "before it began" in again.trials[0].user_attrs["stop_reason"]
 
 
 def test_a_baseline_that_died_while_it_was_asked_for_is_run_again(storage):
@@ -333,12 +384,36 @@ def test_out_of_memory_ends_the_trial_not_the_search(storage):
     assert study.trials[0].user_attrs["stop_reason"] == "out of memory: the reason"
 
 
-def test_a_dead_workers_trial_is_run_again(storage):
-    study, _ = supervise(storage, Scripted(failing("died", 1)), 2)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.trials[0].params == study.trials[1].params
-    assert study.trials[1].user_attrs["baseline"] == SPEC.baselines[0].name
-    assert study.trials[0].user_attrs["stop_reason"] == "worker died (exit code -9)"
+def test_a_dead_workers_trial_goes_on(storage):
+    died = []
+
+    def script(job):
+        for number in range(1, job.recipe.epochs + 1):
+            yield EpochDone(job.number, epoch(number, 0.3))
+            if number == 2 and len(died) < 2:
+                died.append(job)
+                yield Died(job.number, -9)
+                return
+        yield Finished(job.number)
+
+    executor = Scripted(script)
+    study, events = supervise(storage, executor, 2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert [(job.number, job.known) for job in executor.jobs] == [(0, 0), (0, 2), (0, 2), (1, 0)]
+    assert sum(isinstance(event, TrialResumed) for event in events) == 2
+    first = trial_records(study)[0]
+    assert [result.epoch for result in first.epochs] == list(range(1, first.recipe.epochs + 1))
+
+
+def test_a_trial_that_costs_three_workers_fails_and_the_search_goes_on(storage):
+    def script(job):
+        yield EpochDone(job.number, epoch(1, 0.3))
+        yield Died(job.number, -11) if job.number == 1 else Finished(job.number)
+
+    study, events = supervise(storage, Scripted(script), 3)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].user_attrs["stop_reason"] == "its worker died 3 times (last exit code -11)"
+    assert sum(isinstance(event, TrialResumed) for event in events) == 2
 
 
 @pytest.mark.parametrize("kind", ["out of memory", "died"])

@@ -13,11 +13,10 @@ from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.checkpoint import (
     load_checkpoint,
-    previous,
     read_checkpoint,
-    remove_checkpoint,
     save_checkpoint,
 )
+from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import with_micro_batch

@@ -1,0 +1,43 @@
+"""A worker's end of the pipe to its supervisor."""
+
+from __future__ import annotations
+
+import threading
+from multiprocessing.connection import Connection
+
+from caltech_hpo.search.messages import Job, Measure, Pause
+
+LOOK_EVERY = 0.5  # seconds
+
+
+class Line:
+    """What comes from the supervisor: jobs and decisions, and in between a Pause."""
+
+    def __init__(self, connection: Connection) -> None:
+        """`terminated` may be set by a signal handler."""
+        self._connection = connection
+        self._paused = False
+        self.terminated = threading.Event()
+
+    def next_job(self) -> Job | Measure | None:
+        """The next job; None when there is none any more."""
+        self._paused = False
+        while not self.terminated.is_set():
+            if not self._connection.poll(LOOK_EVERY):  # a signal alone would not end the waiting
+                continue
+            message: Job | Measure | Pause | None = self._connection.recv()
+            if not isinstance(message, Pause):  # the job it was for has ended
+                return message
+        return None
+
+    def decision(self) -> bool:
+        """Whether a job goes on after an epoch."""
+        message = self._connection.recv()
+        if isinstance(message, Pause):  # it crossed the epoch on its way
+            self._paused = True
+            message = self._connection.recv()
+        return bool(message)
+
+    def interrupted(self) -> bool:
+        """Whether a job shall pause. In mid-epoch nothing else is sent, so whatever has come says so."""
+        return self._paused or self.terminated.is_set() or self._connection.poll()
