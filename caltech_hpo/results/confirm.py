@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import Progress
@@ -22,8 +23,10 @@ from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import open_executor
+from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.search.storage import open_existing, open_storage, stored_study
 from caltech_hpo.spec import EpochResult, Recipe
+from caltech_hpo.training.checkpoint_files import remove_checkpoint
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -179,7 +182,7 @@ def run_confirm(
         with open_executor(
             mine[0].recipe, data, device=device, workers=count, features=plan.place.features
         ) as executor:
-            for event in train_all(plan.study, mine, executor, progress):
+            for event in train_all(plan, mine, executor, progress):
                 if isinstance(event, TrainingEnded):
                     add_run(storage, event.run)
                 yield event
@@ -190,19 +193,23 @@ class _Running:
     training: Training
     results: list[EpochResult] = field(default_factory=list)
     stop_reason: str = ""
+    deaths: int = 0
 
 
 def train_all(
-    study: str, trainings: Sequence[Training], executor: Executor, progress: Progress | None = None
+    plan: ConfirmPlan, trainings: Sequence[Training], executor: Executor, progress: Progress | None = None
 ) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
-    """Runs the trainings in their order on all workers; one that diverges is stopped, and counts."""
+    """Runs the trainings in their order on all workers; one that diverges is stopped, and counts.
+
+    One that was interrupted, or whose worker died, goes on from its checkpoint.
+    """
     waiting = list(enumerate(trainings))
     running: dict[int, _Running] = {}
     while waiting or running:
         while waiting and executor.free:
             number, training = waiting.pop(0)
-            executor.submit(Job(number, training.recipe))
             running[number] = _Running(training)
+            executor.submit(_job(plan, number, running[number]))
             yield TrainingStarted(training)
         event = executor.next_event()
         one = running[event.job]
@@ -216,9 +223,22 @@ def train_all(
                 progress(event.what, event.done, event.total)
         elif isinstance(event, Finished):
             del running[event.job]
-            yield TrainingEnded(one.training, _run(study, one))
+            yield TrainingEnded(one.training, _run(plan.study, one))
+            remove_checkpoint(_checkpoint(plan, one.training.recipe))
+        elif isinstance(event, Died) and one.deaths + 1 < MOST_DEATHS:
+            one.deaths += 1
+            executor.submit(_job(plan, event.job, one))
         elif isinstance(event, (Failed, Died)):
             raise training_failure(event)
+
+
+def _job(plan: ConfirmPlan, number: int, running: _Running) -> Job:
+    recipe = running.training.recipe
+    return Job(number, recipe, checkpoint=_checkpoint(plan, recipe), known=len(running.results))
+
+
+def _checkpoint(plan: ConfirmPlan, recipe: Recipe) -> Path:
+    return plan.place.checkpoints / plan.study / f"confirm-{recipe.hash}.checkpoint"
 
 
 def _run(study: str, running: _Running) -> ConfirmRun:

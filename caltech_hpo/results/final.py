@@ -23,7 +23,9 @@ from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
 from caltech_hpo.search.run import open_executor
+from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.spec import EpochResult
+from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
 
 if TYPE_CHECKING:
     from caltech_hpo.training.loop import Evaluation
@@ -61,8 +63,8 @@ def retrain(
 ) -> Iterator[EpochResult]:
     """Trains the recipe in a worker, keeping the best epoch's weights in the folder being made.
 
-    "train" keeps the best validation epoch; "train+val" the last one. Raises CaltechHpoError when
-    the training fails.
+    "train" keeps the best validation epoch; "train+val" the last one. One that was interrupted goes on
+    from its checkpoint; its earlier epochs are yielded again. Raises CaltechHpoError when it fails.
     """
     # Decoded now, so that an unreadable test image is found before the training and not after it.
     _load_test(plan, skip_unreadable=skip_unreadable, progress=progress)
@@ -70,19 +72,24 @@ def retrain(
     data = load_search_data(
         plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
     )
-    shutil.rmtree(plan.unfinished, ignore_errors=True)
+    checkpoint = plan.unfinished / "training.checkpoint"
+    if not (checkpoint.exists() or previous(checkpoint).exists()):
+        shutil.rmtree(plan.unfinished, ignore_errors=True)
+    keep, deaths, told = plan.unfinished / "model.safetensors", 0, 0
     with open_executor(plan.recipe, data, device=device, features=plan.place.features) as executor:
-        executor.submit(Job(plan.record.number, plan.recipe, keep=plan.unfinished / "model.safetensors"))
+        executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint))
         while not isinstance(event := executor.next_event(), Finished):
-            if isinstance(event, Working):
-                if progress:
-                    progress(event.what, event.done, event.total)
-                continue
-            if isinstance(event, (Failed, Died)):
+            if isinstance(event, EpochDone):
+                told += 1
+                yield event.result
+                executor.answer(event.job, True)
+            elif isinstance(event, Died) and (deaths := deaths + 1) < MOST_DEATHS:
+                executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint, known=told))
+            elif isinstance(event, (Failed, Died)):
                 raise training_failure(event)
-            assert isinstance(event, EpochDone), "nothing else was asked for"
-            yield event.result
-            executor.answer(event.job, True)
+            elif isinstance(event, Working) and progress:
+                progress(event.what, event.done, event.total)
+    remove_checkpoint(checkpoint)
 
 
 def score(

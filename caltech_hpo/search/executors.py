@@ -36,6 +36,7 @@ GLIBC_TUNABLES = (
 )
 
 
+CLOSING = 15.0  # seconds that a worker has to save where its job is
 Target = Callable[[Connection, Any], None]
 
 
@@ -200,7 +201,7 @@ class ProcessExecutor:
                 else:
                     worker.process.terminate()
         for worker in self._workers:
-            worker.process.join(timeout=5)
+            worker.process.join(timeout=CLOSING)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()

@@ -16,6 +16,7 @@ from caltech_hpo.spec import EpochResult, PrunerSpec, Recipe, StudySpec
 
 REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
+MOST_DEATHS = 3  # of workers that one training may cost
 UNBEGUN = "interrupted: its search ended before it began"
 
 

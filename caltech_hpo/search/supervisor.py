@@ -27,7 +27,7 @@ from caltech_hpo.search.pruning import report
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY, trial_record
 from caltech_hpo.search.request import never
 from caltech_hpo.search.rows import HandTunedRows
-from caltech_hpo.search.running import Running, attributes_of, give_back, verdict
+from caltech_hpo.search.running import MOST_DEATHS, Running, attributes_of, give_back, verdict
 from caltech_hpo.search.space import Binding, recipe_for, suggest
 from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, StudySpec
@@ -39,7 +39,7 @@ FAILURES_IN_A_ROW = 3
 BURST, LATEST = 0.002, 0.1  # seconds
 LOOK_EVERY = 0.2  # seconds between looks at whether to stop
 PATIENCE = 15.0  # seconds that running trials have to pause
-DEATHS_KEY, MOST_DEATHS = "caltech_hpo:worker_deaths", 3
+DEATHS_KEY = "caltech_hpo:worker_deaths"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

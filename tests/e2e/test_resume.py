@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +127,44 @@ def test_a_second_signal_ends_at_once(folder, whole):
     assert state == "running" and len(epochs) >= 2
     finish(folder)
     assert curves(folder) == whole[1]
+
+
+def told(folder, *command):
+    """The JSON answer, without what differs from call to call."""
+    done = subprocess.run(
+        [COMMAND, *command, "--study", "demo", "--data", "images", "--json"], cwd=folder, env=environment(),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dropped = ("seconds", "time", "scored_at", "finished_at", "model", "folder")
+    return strip(json.loads(done.stdout), dropped), done.stderr
+
+
+def strip(value, dropped):
+    if isinstance(value, dict):
+        return {key: strip(part, dropped) for key, part in value.items() if key not in dropped}
+    return [strip(part, dropped) for part in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "command", [("confirm", "--finalists", "1", "--seeds", "2"), ("final",)], ids=["confirm", "final"]
+)
+def test_confirm_and_final_go_on_after_their_supervisor_was_killed(tmp_path, whole, command):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        shutil.copytree(whole[0], folder, symlinks=True)
+    expected, _ = told(theirs, *command)
+    with subprocess.Popen(
+        [COMMAND, *command, "--study", "demo", "--data", "images"], cwd=ours, env=environment(),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    ) as running:  # fmt: skip
+        wait_for(running, "epoch 8/")
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.kill()
+        running.stderr.read()
+    for child in children:
+        child.wait(timeout=30)
+    assert list((ours / "storage").rglob("*.checkpoint"))  # where the worker stood when it was left alone
+    found, _ = told(ours, *command)
+    assert found == expected
+    assert not list((ours / "storage").rglob("*.checkpoint*"))

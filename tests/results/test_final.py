@@ -19,7 +19,7 @@ from caltech_hpo.results.report import make_report
 from caltech_hpo.results.scores import mean_interval
 from caltech_hpo.results.seeds import over_seeds
 from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
-from caltech_hpo.search.executors import InlineExecutor
+from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError, WorkerConfig
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
