@@ -48,3 +48,7 @@ class StorageError(CaltechHpoError):
     """A study database that cannot be opened, is damaged, or is held by another search (exit code 4)."""
 
     exit_code = 4
+
+
+class StorageFullError(StorageError):
+    """No room for what is to be written to the study database."""

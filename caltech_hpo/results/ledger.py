@@ -33,6 +33,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
 from caltech_hpo.data.dataset import Sample
+from caltech_hpo.search.sqlite import writing
 from caltech_hpo.search.storage import open_existing, open_storage
 from caltech_hpo.spec import Frozen
 from caltech_hpo.study_files import base_name
@@ -161,7 +162,7 @@ def record(url: str, row: ScoreRow) -> ScoreRow:
     old = [earlier for earlier in _read(storage, row.study) if earlier.id is None]
     for new in (*old, row):
         # One is enough: another call may be bringing the same old scores along.
-        with contextlib.suppress(IntegrityError), storage.engine.begin() as connection:
+        with contextlib.suppress(IntegrityError), writing(storage.engine).begin() as connection:
             connection.execute(final_scores.insert().values(_columns(new)))
     return next(
         kept for kept in _read(storage, row.study)
@@ -182,7 +183,7 @@ def create(engine: Engine, *tables: Table) -> None:
     """Makes the tables unless they are there."""
     for table in tables:
         try:
-            with engine.begin() as connection:
+            with writing(engine).begin() as connection:
                 connection.execute(CreateTable(table, if_not_exists=True))
         except IntegrityError:  # PostgreSQL's word when two calls make it at once
             with engine.connect() as connection:

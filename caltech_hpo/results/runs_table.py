@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from caltech_hpo.results.ledger import create, has_table, now
 from caltech_hpo.results.ranking import Candidate
+from caltech_hpo.search.sqlite import writing
 from caltech_hpo.spec import Frozen
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def requests(storage: RDBStorage, study: str) -> list[ConfirmRequest]:
 def add_run(storage: RDBStorage, run: ConfirmRun) -> None:
     """Keeps a finished training; of the same recipe the first one stays."""
     create(storage.engine, confirm_runs)
-    with contextlib.suppress(IntegrityError), storage.engine.begin() as connection:
+    with contextlib.suppress(IntegrityError), writing(storage.engine).begin() as connection:
         connection.execute(confirm_runs.insert().values(run.model_dump()))
 
 
@@ -114,7 +115,7 @@ def add_request(
         return
     create(storage.engine, confirm_requests)
     values = request.model_dump(mode="json")
-    with storage.engine.begin() as connection:
+    with writing(storage.engine).begin() as connection:
         connection.execute(
             confirm_requests.insert().values(
                 study=study, finalists=json.dumps(values["finalists"]), seeds=json.dumps(values["seeds"]),

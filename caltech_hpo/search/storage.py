@@ -69,7 +69,7 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         options["connect_args"] = {"timeout": BUSY_TIMEOUT}
     fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=there)
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=there)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error)}", fix) from error
     except RuntimeError as error:  # Optuna's word for a schema of another version
@@ -78,6 +78,11 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         ) from error
     except ImportError as error:
         raise StorageError(f"{shown(url)}: {error}", "pip install the database's driver") from error
+    if path is not None:
+        from caltech_hpo.search.sqlite import prepare_sqlite
+
+        prepare_sqlite(storage.engine)
+    return storage
 
 
 def open_existing(url: str) -> optuna.storages.RDBStorage | None:

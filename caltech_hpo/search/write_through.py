@@ -19,9 +19,13 @@ from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.storages._rdb import models  # Optuna's schema; it has no public name
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, func, insert, select, update
+from sqlalchemy.exc import OperationalError
 
-from caltech_hpo.errors import StorageError
+from caltech_hpo.errors import StorageError, StorageFullError
+from caltech_hpo.search.sqlite import is_busy, is_full, writing
+from caltech_hpo.search.storage import shown
 
+ATTEMPTS = 3  # each as long as the database's time-out, a minute
 TRIALS: Table = models.TrialModel.__table__
 # What a row of each table is known by, beside its trial or study.
 KEYS: dict[Table, str] = {
@@ -47,6 +51,7 @@ class WriteThroughStorage(InMemoryStorage):
         """Reads the study."""
         super().__init__()
         self._engine = database.engine
+        self._name = shown(str(database.url))
         self._database_study: int = database.get_study_id_from_name(study_name)
         self._stored_ids: list[int] = []  # of the trials in the database, by number
         self._stored: set[tuple[Table, int | None, Any]] = set()
@@ -70,11 +75,30 @@ class WriteThroughStorage(InMemoryStorage):
         return 0.0 if self._since is None else time.monotonic() - self._since
 
     def flush(self) -> None:
-        """Writes all changes in one transaction; if it fails they are kept, to be tried again."""
+        """Writes all changes in one transaction; if it fails they are kept, to be tried again.
+
+        Raises StorageFullError where there is no room, StorageError where another program holds the file.
+        """
         if self._since is None:
             return
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._write()
+                return
+            except OperationalError as error:
+                if is_full(error):
+                    raise StorageFullError(f"{self._name}: no room on the disk", "make room") from error
+                if not is_busy(error):
+                    raise
+                if attempt == ATTEMPTS:
+                    raise StorageError(
+                        f"{self._name}: another program has held the database for {ATTEMPTS} minutes",
+                        "find what writes to it, then run the command again: it goes on from here",
+                    ) from error
+
+    def _write(self) -> None:
         new = [number for number in self._states if number >= len(self._stored_ids)]
-        with self._engine.begin() as connection:
+        with writing(self._engine).begin() as connection:
             ids = self._stored_ids + [self._insert_trial(connection, number) for number in new]
             for number in self._states:
                 if number < len(self._stored_ids):

@@ -7,11 +7,13 @@ import sqlite3
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 from sqlalchemy.exc import OperationalError
 
-from caltech_hpo.errors import StorageError
+from caltech_hpo.errors import StorageError, StorageFullError
+from caltech_hpo.search.sqlite import prepare_sqlite, writing
 from caltech_hpo.search.storage import default_url, open_storage
 from caltech_hpo.search.write_through import hold
 
@@ -103,7 +105,7 @@ def test_a_write_that_fails_is_kept_and_tried_again(study, database, tmp_path, m
     with sqlite3.connect(tmp_path / "studies.db") as blocker:
         blocker.execute("BEGIN EXCLUSIVE")
         monkeypatch.setattr(storage, "_engine", impatient(database))
-        with pytest.raises(OperationalError, match="locked"):
+        with pytest.raises(StorageError, match="another program has held the database"):
             storage.flush()
         blocker.rollback()
     assert trials(study) == before and storage.age > 0
@@ -112,9 +114,41 @@ def test_a_write_that_fails_is_kept_and_tried_again(study, database, tmp_path, m
 
 
 def impatient(database):
-    import sqlalchemy
+    engine = sqlalchemy.create_engine(str(database.url), connect_args={"timeout": 0})
+    prepare_sqlite(engine)
+    return engine
 
-    return sqlalchemy.create_engine(str(database.url), connect_args={"timeout": 0})
+
+def test_a_full_disk_is_said_and_nothing_is_lost(study, database):
+    held, storage = hold(study, database)
+    work(held)
+    before = trials(study)
+    with database.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    full = impatient(database)
+    sqlalchemy.event.listen(
+        full, "connect", lambda connection, _: connection.execute(f"PRAGMA max_page_count={pages}")
+    )
+    ours, storage._engine = storage._engine, full
+    held.ask().set_user_attr("large", "x" * 100_000)
+    with pytest.raises(StorageFullError, match="no room"):
+        storage.flush()
+    assert trials(study) == before
+    storage._engine = ours
+    storage.flush()
+    assert trials(study) == trials(held)
+
+
+def test_writers_wait_for_each_other_from_their_beginning(database):
+    """What a writer has read cannot change before it writes."""
+    seen = []
+    with writing(database.engine).begin() as connection:
+        connection.exec_driver_sql("SELECT count(*) FROM trials")
+        with pytest.raises(OperationalError, match="locked"), writing(impatient(database)).begin():
+            seen.append("began")
+        with impatient(database).begin() as reader:  # readers do not
+            reader.exec_driver_sql("SELECT count(*) FROM trials")
+    assert not seen
 
 
 def test_trials_that_another_program_adds_are_noticed(study, database):
