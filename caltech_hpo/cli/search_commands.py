@@ -60,6 +60,9 @@ def search(
     timeout: Annotated[
         float | None, typer.Option(min=0.01, help="Minutes after which no trial begins.")
     ] = None,
+    trial_timeout: Annotated[
+        float | None, typer.Option(min=0.01, help="Minutes after which a trial ends with its next epoch.")
+    ] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Skip the hand-tuned rows.")] = False,
     no_pruning: Annotated[
         bool, typer.Option("--no-pruning", help="No trial ends for lagging in this run; see 'replay'.")
@@ -106,7 +109,7 @@ def search(
         baselines=not no_baselines, pruning=not no_pruning, enqueue=parse_params(enqueue or []),
         allow_changed=allow_changed, skip_unreadable=skip_unreadable,
         precision=precision.value if precision else None, weights=weights,
-        memory=None if memory is None else int(memory * 2**30),
+        memory=None if memory is None else int(memory * 2**30), trial_minutes=trial_timeout,
     )  # fmt: skip
     place = place_of(home, storage, data)
     with goes_on(), contextlib.ExitStack() as stack:

@@ -92,6 +92,8 @@ class SearchView:
         elif isinstance(event, events.TrialPaused):
             self._rows[event.number].state = "paused"
             self._line(f"trial {event.number} is paused")
+        elif isinstance(event, events.NoRoom):
+            self._line(f"{event.message}: the search waits for it")
         elif isinstance(event, events.Requeued):
             self._line(f"trial {event.number} never began; its parameters are queued again")
 

@@ -73,4 +73,13 @@ class TrialPaused:
     number: int
 
 
-SearchEvent = TrialStarted | TrialWorking | TrialEpoch | TrialEnded | TrialResumed | TrialPaused | Requeued
+@dataclass(frozen=True)
+class NoRoom:
+    """The search waits until there is room for its database."""
+
+    message: str
+
+
+SearchEvent = (
+    TrialStarted | TrialWorking | TrialEpoch | TrialEnded | TrialResumed | TrialPaused | Requeued | NoRoom
+)

@@ -77,6 +77,9 @@ class Executor(Protocol):
     def pause(self) -> None:
         """Asks all jobs to save where they are and to be Paused."""
 
+    def kill(self, job: int) -> None:
+        """Ends the job's worker at once; `next_event` will say Died."""
+
     def close(self) -> None:
         """Ends the workers; jobs still running stop where their last checkpoint is."""
 
@@ -191,6 +194,12 @@ class ProcessExecutor:
             if worker.job is not None:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     worker.connection.send(Pause())
+
+    def kill(self, job: int) -> None:
+        """Ends the job's worker at once; `next_event` will say Died."""
+        for worker in self._workers:
+            if worker.job == job:
+                worker.process.kill()
 
     def close(self) -> None:
         """Asks idle workers to leave, ends busy ones, waits for all."""

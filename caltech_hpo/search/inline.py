@@ -65,6 +65,10 @@ class InlineExecutor:
         """Remembered until `next_event`."""
         self._paused = True
 
+    def kill(self, job: int) -> None:
+        """Drops the job: there is no process to end."""
+        self._events = None
+
     def close(self) -> None:
         """Drops the job."""
         self._events = None

@@ -73,7 +73,8 @@ class SearchRequest:
     """What `search` was asked to do. `trials` is the study's total of finished trials.
 
     Without `pruning` no trial ends for lagging in this run; what diverges still ends. `memory` bytes may
-    be used by all workers together (None: most of what is free).
+    be used by all workers together (None: most of what is free). A trial ends with its first epoch after
+    `trial_minutes`.
     """
 
     study: str
@@ -91,6 +92,7 @@ class SearchRequest:
     weights: str | None = None
     subset: int | None = None
     memory: int | None = None
+    trial_minutes: float | None = None
 
 
 def resolve_spec(request: SearchRequest) -> StudySpec:

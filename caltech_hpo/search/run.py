@@ -145,6 +145,7 @@ def _run(
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines,
             pruning=request.pruning, checkpoints=place.checkpoints / request.study,
+            trial_seconds=None if request.trial_minutes is None else request.trial_minutes * 60,
         )  # fmt: skip
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
         events = supervisor.run(request.trials, seconds=seconds, stop=stop)

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
+from caltech_hpo.errors import StorageFullError
+from caltech_hpo.search.events import NoRoom, TrialEnded
+from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.messages import Ready
 from caltech_hpo.search.pruning import divergence, lags
 from caltech_hpo.search.records import BASELINE_ATTR
+from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, PrunerSpec, Recipe, StudySpec
 
 REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
 MOST_DEATHS = 3  # of workers that one training may cost
+HUNG_EPOCHS, HUNG_AT_LEAST = 10, 300.0  # silence: in epochs, and in seconds
+ROOM_EVERY = 10.0  # seconds between looks for room on the disk
 UNBEGUN = "interrupted: its search ended before it began"
 
 
 @dataclass
 class Running:
-    """A trial, its recipe, the hand-tuned row it repeats (or ""), its epochs so far."""
+    """A trial, its recipe, the hand-tuned row it repeats (or ""), its epochs so far.
+
+    `began` here and was last `heard` of at these times (monotonic seconds).
+    """
 
     trial: optuna.Trial
     recipe: Recipe
     baseline: str
     results: list[EpochResult] = field(default_factory=list)
     stop_reason: str = ""
+    began: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
 
     @property
     def best(self) -> EpochResult | None:
@@ -36,15 +50,48 @@ class Running:
         return max(self.results, key=lambda result: result.validation_top1 or 0.0, default=None)
 
 
-def verdict(running: Running, pruner: PrunerSpec, *, exempt: bool) -> str:
+def verdict(running: Running, pruner: PrunerSpec, *, exempt: bool, seconds: float | None = None) -> str:
     """Why the trial is to end after its latest epoch, which was reported, or ""; lagging unless `exempt`."""
     latest = running.results[-1]
     diverged = divergence(running.results)
-    if diverged or exempt:
+    if diverged or latest.epoch == running.recipe.epochs:
         return diverged
-    if lags(running.trial, latest, running.recipe.epochs, pruner):
+    if not exempt and lags(running.trial, latest, running.recipe.epochs, pruner):
         return f"{LAGGING}: {pruner.name} pruner at epoch {latest.epoch}"
+    if seconds is not None and time.monotonic() - running.began > seconds:
+        return f"timed out: more than {seconds / 60:g} minutes at epoch {latest.epoch}"
     return ""
+
+
+def written(storage: WriteThroughStorage, stop: Callable[[], bool]) -> Iterator[NoRoom]:
+    """Writes what has changed; where there is no room, says so and waits for it.
+
+    Raises StorageFullError if it is asked to stop meanwhile.
+    """
+    said = False
+    while True:
+        try:
+            storage.flush()
+            return
+        except StorageFullError as error:
+            if stop():
+                raise
+            if not said:
+                yield NoRoom(error.message)
+            said = True
+            time.sleep(ROOM_EVERY)
+
+
+def kill_hung(running: dict[int, Running], executor: Executor, slowest: float) -> None:
+    """Kills workers that have been silent for ten epochs; their trials go on in others, at most twice.
+
+    An epoch is the trial's median one; before its first, the `slowest` of the study.
+    """
+    for number, one in running.items():
+        usual = statistics.median([r.seconds for r in one.results]) if one.results else slowest
+        if time.monotonic() - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
+            one.heard = time.monotonic()
+            executor.kill(number)
 
 
 def attributes_of(running: Running, ready: Ready, stop_reason: str) -> dict[str, Any]:
@@ -65,6 +112,20 @@ def attributes_of(running: Running, ready: Ready, stop_reason: str) -> dict[str,
     if results and results[-1].micro_batch:
         attributes["micro_batch"] = results[-1].micro_batch
     return attributes
+
+
+def tell(running: Running, ready: Ready, state: TrialState, reason: str) -> TrialEnded:
+    """Ends a trial: its attributes first, then its state and the best accuracy over its epochs."""
+    for name, value in attributes_of(running, ready, reason).items():
+        running.trial.set_user_attr(name, value)
+    best = running.best
+    score = (best.validation_top1 or 0.0) if best else None
+    if state == TrialState.COMPLETE:
+        running.trial.study.tell(running.trial, score)
+    else:
+        running.trial.study.tell(running.trial, state=state)
+    name = "failed" if state == TrialState.FAIL else state.name.lower()
+    return TrialEnded(running.trial.number, name, None if name == "failed" else score, reason)
 
 
 def give_back(study: optuna.Study, spec: StudySpec, trial: optuna.trial.FrozenTrial, baseline: str) -> None:

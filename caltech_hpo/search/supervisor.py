@@ -27,7 +27,15 @@ from caltech_hpo.search.pruning import report
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY, trial_record
 from caltech_hpo.search.request import never
 from caltech_hpo.search.rows import HandTunedRows
-from caltech_hpo.search.running import MOST_DEATHS, Running, attributes_of, give_back, verdict
+from caltech_hpo.search.running import (
+    MOST_DEATHS,
+    Running,
+    give_back,
+    kill_hung,
+    tell,
+    verdict,
+    written,
+)
 from caltech_hpo.search.space import Binding, recipe_for, suggest
 from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, StudySpec
@@ -49,15 +57,19 @@ class Supervisor:
     def __init__(
         self, study: optuna.Study, storage: WriteThroughStorage, spec: StudySpec,
         executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
-        checkpoints: Path | None = None,
+        checkpoints: Path | None = None, trial_seconds: float | None = None,
     ) -> None:  # fmt: skip
-        """`checkpoints` is the folder for those of running trials (None: a trial begins anew)."""
-        self._checkpoints = checkpoints
+        """`checkpoints` is the folder for those of running trials (None: a trial begins anew).
+
+        A trial ends with its first epoch after `trial_seconds`.
+        """
+        self._checkpoints, self._trial_seconds = checkpoints, trial_seconds
         self._study, self._storage, self._spec = study, storage, spec
         self._executor, self._binding, self._pruning = executor, binding, pruning
         self._running: dict[int, Running] = {}
         self._orphans: list[int] = []
         self._failures = 0
+        self._slowest = 0.0  # epoch, in seconds
         trials = study.get_trials(deepcopy=False)
         self._finished = sum(trial.state in FINISHED for trial in trials)
         self._rows = HandTunedRows(spec, trials, wanted=baselines)
@@ -82,13 +94,15 @@ class Supervisor:
                 if paused_at is None:
                     told += self._fill(trials, deadline)
                 if self._storage.age > LATEST or not self._running or not self._executor.event_within(BURST):
-                    self._storage.flush()
+                    yield from written(self._storage, stop)
                     yield from told  # only what is in the database
                     told = []
                 if not self._running or (paused_at and time.monotonic() - paused_at > PATIENCE):
                     return
                 if event := self._executor.next_event(LOOK_EVERY):
                     told += self._handle(event)
+                else:
+                    kill_hung(self._running, self._executor, self._slowest)
         finally:
             self._storage.flush()
 
@@ -159,6 +173,7 @@ class Supervisor:
 
     def _handle(self, event: Event) -> Iterator[SearchEvent]:
         running = self._running[event.job]
+        running.heard = time.monotonic()
         if isinstance(event, EpochDone):
             yield self._epoch(running, event.result)
         elif isinstance(event, Working):
@@ -176,6 +191,7 @@ class Supervisor:
     def _epoch(self, running: Running, result: EpochResult) -> TrialEpoch:
         number = running.trial.number
         running.results.append(result)
+        self._slowest = max(self._slowest, result.seconds)
         # By way of pydantic's JSON, which writes NaN as text: bare NaN is no JSON.
         stored = json.loads(result.model_dump_json())
         self._storage.set_trial_system_attr(self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", stored)
@@ -187,23 +203,15 @@ class Supervisor:
 
     def _verdict(self, running: Running) -> str:
         exempt = not self._pruning or running.baseline in self._rows.published
-        return verdict(running, self._spec.pruner, exempt=exempt)
+        return verdict(running, self._spec.pruner, exempt=exempt, seconds=self._trial_seconds)
 
     def _ended(self, running: Running) -> TrialEnded:
-        best = running.best
-        assert best is not None, "a training has at least one epoch"
-        value = best.validation_top1 or 0.0
-        self._describe(running, running.stop_reason or "finished")
-        if running.stop_reason:
-            running.trial.study.tell(running.trial, state=TrialState.PRUNED)
-        else:
-            running.trial.study.tell(running.trial, value)
+        state = TrialState.PRUNED if running.stop_reason else TrialState.COMPLETE
+        ended = tell(running, self._executor.ready, state, running.stop_reason or "finished")
         self._finished += 1
         self._failures = 0
-        del self._running[running.trial.number]
-        self._forget(running.trial.number)
-        state = "pruned" if running.stop_reason else "complete"
-        return TrialEnded(running.trial.number, state, value, running.stop_reason or "finished")
+        self._forget(ended.number)
+        return ended
 
     def _died(self, running: Running, event: Died) -> SearchEvent:
         """The same trial goes on in a new worker, unless it has cost three."""
@@ -232,26 +240,19 @@ class Supervisor:
 
     def _give_up(self, running: Running, reason: str, *, last: bool = False) -> SearchEvent:
         """Ends a trial as failed. Raises CaltechHpoError after three in a row, unless it is the `last`."""
-        number = running.trial.number
-        del self._running[number]
+        ended = tell(running, self._executor.ready, TrialState.FAIL, reason)
         self._failures += 1
-        self._describe(running, reason)
-        running.trial.study.tell(running.trial, state=TrialState.FAIL)
-        self._forget(number)
+        self._forget(ended.number)
         if self._failures >= FAILURES_IN_A_ROW and not last:
             raise CaltechHpoError(
                 f"{self._failures} trials in a row failed; the last one: {reason}",
                 "for lack of memory use fewer --workers, more --memory, or a smaller crop; then run again",
             )
-        return TrialEnded(number, "failed", None, reason)
+        return ended
 
     def _forget(self, number: int) -> None:
-        """Removes the checkpoints of a trial that has ended."""
+        """A trial has ended: its checkpoints go."""
+        del self._running[number]
         path = self._checkpoint(number)
         if path is not None:
             remove_checkpoint(path)
-
-    def _describe(self, running: Running, stop_reason: str) -> None:
-        """Writes the trial's user attributes, before it is told."""
-        for name, value in attributes_of(running, self._executor.ready, stop_reason).items():
-            running.trial.set_user_attr(name, value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import signal
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -184,19 +185,25 @@ def _report(
             yield Finished(job.number)
             return
         if new and job.checkpoint and time.monotonic() - saved >= CHECKPOINT_EVERY:
-            _save(job, prepared, state, job.checkpoint)
+            yield from _save(job, prepared, state, job.checkpoint)
             saved = time.monotonic()
     if state.epoch > job.recipe.epochs:
         yield Finished(job.number)
         return
     if job.checkpoint:
-        _save(job, prepared, state, job.checkpoint)
+        yield from _save(job, prepared, state, job.checkpoint)
     yield Paused(job.number)
 
 
-def _save(job: Job, prepared: Prepared, state: TrainingState, path: Path) -> None:
+def _save(job: Job, prepared: Prepared, state: TrainingState, path: Path) -> Iterator[Working]:
+    """Saves a checkpoint; the one before stays, and the training goes on, where there is no room for it."""
     tensors, document = capture(state, prepared)
-    save_checkpoint(path, tensors, {"recipe": job.recipe.hash, **document})
+    try:
+        save_checkpoint(path, tensors, {"recipe": job.recipe.hash, **document})
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        yield Working(job.number, f"{path.parent}: no room for a checkpoint", 0, 1)
 
 
 def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:

@@ -8,8 +8,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from caltech_hpo.errors import CaltechHpoError
+from caltech_hpo.errors import CaltechHpoError, StorageFullError
+from caltech_hpo.search import running
 from caltech_hpo.search.events import (
+    NoRoom,
     Requeued,
     TrialEnded,
     TrialEpoch,
@@ -414,6 +416,57 @@ def test_a_trial_that_costs_three_workers_fails_and_the_search_goes_on(storage):
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].user_attrs["stop_reason"] == "its worker died 3 times (last exit code -11)"
     assert sum(isinstance(event, TrialResumed) for event in events) == 2
+
+
+def test_a_trial_over_its_time_ends_with_its_epoch(storage):
+    study, _ = supervise(storage, Scripted(bursts=False), 2, trial_seconds=0.0)
+    for trial in study.trials:
+        assert trial.state == TrialState.PRUNED and trial.user_attrs["epochs_run"] == 1
+        assert trial.user_attrs["stop_reason"] == "timed out: more than 0 minutes at epoch 1"
+
+
+class Silent(Scripted):
+    """Its first two jobs say nothing until they are killed."""
+
+    def next_event(self, seconds=None):
+        number = next(iter(self.events))
+        if len(self.jobs) < 3 and number not in self.killed:
+            return None
+        if len(self.jobs) < 3:
+            self.killed.remove(number)
+            del self.events[number]
+            return Died(number, -9)
+        return super().next_event(seconds)
+
+    def kill(self, job):
+        self.killed.add(job)
+
+
+def test_a_silent_worker_is_killed_and_its_trial_goes_on(storage, monkeypatch):
+    monkeypatch.setattr(running, "HUNG_AT_LEAST", 0.01)
+    executor = Silent(bursts=False)
+    executor.killed = set()
+    study, events = supervise(storage, executor, 1)
+    assert study.trials[0].state == TrialState.COMPLETE and len(study.trials) == 1
+    assert sum(isinstance(event, TrialResumed) for event in events) == 2
+
+
+def test_without_room_the_search_waits_and_says_so_once(storage, monkeypatch):
+    monkeypatch.setattr(running, "ROOM_EVERY", 0.01)
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    held, memory = hold(study, storage)
+    flush, failing_times = memory.flush, iter(range(12))
+
+    def no_room():
+        if next(failing_times, None) is not None:
+            raise StorageFullError("studies.db: no room on the disk")
+        flush()
+
+    monkeypatch.setattr(memory, "flush", no_room)
+    events = list(Supervisor(held, memory, SPEC, Scripted(bursts=False), BINDING).run(2))
+    assert events[0] == NoRoom("studies.db: no room on the disk")
+    assert sum(isinstance(event, NoRoom) for event in events) == 1
+    assert finished_count(trial_records(study)) == 2
 
 
 @pytest.mark.parametrize("kind", ["out of memory", "died"])
