@@ -16,7 +16,7 @@ import pytest
 from helpers import write_folders
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-VALUES = "batch_size=32,augmentation=random_crop,epochs=30"
+VALUES = "batch_size=32,augmentation=random_crop,epochs=14"
 SEARCH = (
     "search", "--study", "demo", "--data", "images", "--no-baselines", "--no-pruning",
     "--enqueue", f"learning_rate=0.01,{VALUES}", "--enqueue", f"learning_rate=0.02,{VALUES}", "--trials", "2",
@@ -75,8 +75,9 @@ def wait_for(search, words):
     raise AssertionError(f"{words} never came")
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("who", ["worker", "supervisor", "everything"])
+@pytest.mark.parametrize(
+    ("who", "workers"), [("worker", "2"), ("supervisor", "1"), ("everything", "2")], ids=lambda value: value
+)
 def test_after_kill_9_the_same_trials_go_on(folder, whole, who, workers):
     with begin(folder, "--workers", workers) as search:
         wait_for(search, "trial 0 epoch 3/")

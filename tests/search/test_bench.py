@@ -34,7 +34,7 @@ def test_both_ways_and_the_floor_are_measured(images):
     recipe = bench_recipe(VALUES, data)
     assert recipe.weights == "none" and recipe.batch_size == 4
     rows = measure_speed(
-        recipe, "cpu", data, index, seconds=0.05, rounds=2, progress=lambda *what: said.append(what)
+        recipe, "cpu", data, index, seconds=0.05, rounds=1, progress=lambda *what: said.append(what)
     )
     assert [(row.model, row.phase) for row in rows] == [
         ("resnet18", "train"), ("resnet18", "eval"), ("resnet18", "epoch"),
@@ -42,8 +42,8 @@ def test_both_ways_and_the_floor_are_measured(images):
     for row in rows:
         assert row.stock > 0 and row.ours > 0 and row.floor > 0 and row.data_wait_s >= 0
         assert row.over_stock == row.ours / row.stock and row.of_floor == row.ours / row.floor
-        assert (row.batch_size, row.device, row.rounds) == (4, "cpu", 2)
-    assert said[0] == ("measuring resnet18, stock train", 0, 18) and len(said) == 18
+        assert (row.batch_size, row.device, row.rounds) == (4, "cpu", 1)
+    assert said[0] == ("measuring resnet18, stock train", 0, 12) and len(said) == 12
 
 
 def test_rows_are_the_medians_of_whole_epochs():
@@ -120,3 +120,28 @@ def test_the_cache_is_timed_and_nothing_is_left(images, tmp_path):
     assert found.images == len(index.training) and found.open_seconds > 0
     assert found.per_core == found.images / found.seconds / found.cores
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_commands_rows_and_table():
+    from rich.console import Console
+
+    from caltech_hpo.cli.bench_commands import rows_json
+    from caltech_hpo.cli.bench_tables import speed_table
+    from caltech_hpo.search.bench import Speed
+    from caltech_hpo.search.bench_study import CacheSpeed, Measurements, StudySpeed
+
+    speeds = [
+        Speed("alexnet", "train", 10.0, 40.0, 50.0, 0.5, 256, "cpu", 3),
+        Speed("vgg16", "train", None, 2.0, 2.0, 0.1, 64, "cpu", 3),
+    ]
+    studies = [StudySpeed("alexnet-scratch", 2, 40, 500, 45.0, "cuda:0")]
+    found = Measurements(speeds, studies, CacheSpeed(1000, 2, 1.25, 0.1))
+    first, second, study, cache = rows_json(found)
+    assert first.keys() >= {"model", "phase", "stock", "ours", "floor", "data_wait_s"}
+    assert (first["over_stock"], first["of_floor"]) == (4.0, 0.8) and second["over_stock"] is None
+    assert (study["phase"], study["workers"]) == ("study", 2) and cache["per_core"] == 400
+    console = Console(width=150, record=True)
+    console.print(speed_table(found, "2 CPU cores"))
+    text = console.export_text()
+    for words in ("4.000", "0.800", "no memory", "11.11", "decoding: 400 images", "0.10 s", "2 CPU cores"):
+        assert words in text

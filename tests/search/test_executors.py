@@ -118,7 +118,7 @@ def settled(executor):
 @pytest.mark.parametrize("how", ["pause", "kill", "terminate"])
 def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
     """Paused, its worker killed or asked to end: the epochs are those of one that was left alone."""
-    many = recipe(epochs=6, augmentation="random_crop_flip", dropout=0.2)
+    many = recipe(epochs=4, augmentation="random_crop_flip", dropout=0.2)
     file = tmp_path / "checkpoints" / "trial-0.checkpoint"
     executor = ProcessExecutor(config, 1, target=eager_worker if how == "kill" else None)
     try:

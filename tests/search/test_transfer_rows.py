@@ -15,7 +15,7 @@ from torchvision import models
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
-from caltech_hpo.search.executors import InlineExecutor
+from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import EpochDone, Finished, Job, WorkerConfig, Working
 from caltech_hpo.search.space import Binding, recipe_for
 from caltech_hpo.study_files import complete_params, load_study

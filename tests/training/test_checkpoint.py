@@ -60,12 +60,10 @@ def same(one, other):
 
 
 RECIPES = [
-    {},
     {"optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle", "ema": 0.9},
-    {"schedule": "cosine", "warmup": 0.3, "mixup": 0.2, "nesterov": True, "head_lr_factor": 3.0},
-    {"augmentation": "concat", "erasing": 0.5, "test_time_flip": True, "ema": 0.5, "epochs": 2},
-    {"freeze": "features", "augmentation": "center_crop_flip"},
-    {"precision": "bf16", "momentum": 0.0},
+    {"schedule": "cosine", "warmup": 0.3, "mixup": 0.2, "nesterov": True, "test_time_flip": True},
+    {"freeze": "features", "augmentation": "center_crop_flip", "head_lr_factor": 3.0},
+    {"precision": "bf16", "momentum": 0.0, "augmentation": "concat", "epochs": 2},
 ]
 
 
