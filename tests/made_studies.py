@@ -7,8 +7,9 @@ import math
 from caltech_hpo.search.messages import EpochDone, Finished, Ready
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.space import Binding
-from caltech_hpo.search.storage import default_url, open_storage, open_study
+from caltech_hpo.search.storage import open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.search.write_through import hold
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.study_files import load_study
@@ -52,13 +53,13 @@ class Curves:
         self.stopped = not go_on
 
 
-def searched(home, accuracies, *, name="demo", trials=8, diverging=(), pruning=True, **changes):
-    """The study `name` in the database of `home`; returns its spec and records.
+def searched(home, accuracies, *, name="demo", trials=8, diverging=(), pruning=True, url=None, **changes):
+    """The study `name` in the database of `home` (or at `url`); returns its spec and records.
 
     `accuracies(trial, epoch)` is the validation accuracy; `changes` replace fields of the study's spec.
     """
     spec = load_study(name).model_copy(update=changes)
-    storage = open_storage(default_url(home))
+    storage = open_storage(url or default_url(home))
     study = open_study(storage, name, spec, "x", sampler_seed=0, allow_changed=False)
     binding = Binding(classes=10, data="x", seed=0, precision="fp32")
     curves = Curves(accuracies, diverging)

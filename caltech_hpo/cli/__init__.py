@@ -33,7 +33,9 @@ def main() -> None:
     except Exception as error:
         if not is_database_error(error):
             raise
-        reason = str(error.__cause__ or error).splitlines()[0]
+        from caltech_hpo.search.urls import redact
+
+        reason = redact(str(error.__cause__ or error).splitlines()[0], os.environ.get("CALTECH_HPO_STORAGE"))
         fix = "check that the database answers and is undamaged; restore a backup if it is not"
         fail(f"the study database failed: {reason}\n  fix: {fix}", StorageError.exit_code)
 

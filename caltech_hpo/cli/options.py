@@ -23,12 +23,25 @@ if TYPE_CHECKING:
 Home = Annotated[
     Path, typer.Option("--home", envvar="CALTECH_HPO_HOME", help="Folder for everything that is kept.")
 ]
+
+
+def _storage_url(context: typer.Context, value: str | None) -> str | None:
+    """Refuses a password that other users of the machine could read."""
+    source = context.get_parameter_source("storage")
+    if value and source is not None and source.name == "COMMANDLINE":
+        from caltech_hpo.search.urls import refuse_password
+
+        refuse_password(value)
+    return value
+
+
 Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
         envvar="CALTECH_HPO_STORAGE",
-        help="Study database URL.",
+        help="Study database URL; one with a password belongs into the environment variable.",
+        callback=_storage_url,
         show_default="SQLite in the home",
     ),
 ]
@@ -49,7 +62,7 @@ PIPE_WIDTH = 140
 def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:
     """Where this call keeps and finds things."""
     from caltech_hpo.search.request import Place
-    from caltech_hpo.search.storage import default_url
+    from caltech_hpo.search.urls import default_url
 
     return Place(home, storage or default_url(home), data)
 

@@ -33,7 +33,7 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
     """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready."""
     from caltech_hpo.search.events import TrialEnded, TrialEpoch
     from caltech_hpo.search.run import open_search
-    from caltech_hpo.search.storage import default_url
+    from caltech_hpo.search.urls import default_url
 
     place.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.cache) as name:

@@ -1,20 +1,32 @@
-"""One supervisor a study: a lock that the system releases when its holder dies."""
+"""One supervisor a study: a lock that the system, or the database server, releases when its holder dies."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.storage import sqlite_path
+from caltech_hpo.search.urls import parse_url, sqlite_path
+
+Check = Callable[[], None]
+FIX = "wait for it, or stop it with Ctrl-C; a second one adds nothing"
+
+
+def no_check() -> None:
+    """The check of a lock that cannot be lost while its process lives: a file's."""
 
 
 def lock_path(url: str, home: Path, name: str) -> Path:
     """The lock file of a study.
 
-    It lies beside a SQLite file, so that all who use the file meet there; for a database server, in
-    the home.
+    It lies beside a SQLite file, so that all who use the file meet there; for a database server that has
+    no locks of its own, in the home.
     """
     path = sqlite_path(url)
     return (
@@ -25,8 +37,25 @@ def lock_path(url: str, home: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
+def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
+    """Holds the lock `name` in the study database; yields a check that it is still held.
+
+    PostgreSQL has locks that end with their connection; elsewhere it is a file's. Raises StorageError,
+    saying which other `what` runs where, if a process holds it; the check, if it was lost to another one.
+    """
+    if parse_url(url).get_backend_name() == "postgresql":
+        from caltech_hpo.search.postgres_lock import AdvisoryLock
+
+        with contextlib.closing(AdvisoryLock(url, name, what)) as lock:
+            yield lock.check
+    else:
+        with held(lock_path(url, home, name), what):
+            yield no_check
+
+
+@contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Holds a lock file. Raises StorageError, saying that another `what` runs, if a process holds it."""
+    """Holds a lock file. Raises StorageError, saying which other `what` runs, if a process holds it."""
     from filelock import FileLock, Timeout
 
     try:
@@ -34,15 +63,33 @@ def held(path: Path, what: str) -> Iterator[None]:
         lock = FileLock(path, timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise StorageError(
-            f"another {what} is running (it holds {path})",
-            "wait for it, or stop it with Ctrl-C; a second one adds nothing",
-        ) from error
+        raise StorageError(f"another {what} is running{_holder(path)} (it holds {path})", FIX) from error
     except OSError as error:
         raise StorageError(
             f"{path.parent}: {error.strerror}", "give a writable --home or --storage"
         ) from error
     try:
+        with contextlib.suppress(OSError):  # a full disk: then nobody learns who it is
+            path.write_text(json.dumps(_ourselves()), encoding="utf-8")
         yield
     finally:
         lock.release()
+
+
+def _ourselves() -> dict[str, str | int]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _holder(path: Path) -> str:
+    """Who wrote themselves into a lock file, if it can be read."""
+    try:
+        who = json.loads(path.read_text(encoding="utf-8"))
+        return f": process {who['process']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def lock_number(name: str) -> int:
+    """PostgreSQL knows its locks by numbers of 64 bits, signed."""
+    return int.from_bytes(hashlib.sha256(f"caltech-hpo {name}".encode()).digest()[:8], signed=True)

@@ -71,7 +71,8 @@ def measure_overhead(folder: Path, trials: int, progress: Callable[[int, int], N
     Both ways run the last trials from the same state, one after the other.
     """
     from caltech_hpo.search.executors import ProcessExecutor
-    from caltech_hpo.search.storage import default_url, open_storage
+    from caltech_hpo.search.storage import open_storage
+    from caltech_hpo.search.urls import default_url
 
     declared = load_study(STUDY)
     spec = declared.model_copy(

@@ -53,6 +53,11 @@ class Place:
         return self.cache / "features"
 
     @property
+    def backups(self) -> Path:
+        """Copies of the study database."""
+        return self.home / "backups"
+
+    @property
     def checkpoints(self) -> Path:
         """Where running trials stand."""
         return (self.scratch or self.home) / "checkpoints"

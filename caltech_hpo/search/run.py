@@ -13,7 +13,7 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
-from caltech_hpo.search.locks import held, lock_path
+from caltech_hpo.search.locks import Check, study_lock
 from caltech_hpo.search.request import Place, Say, SearchRequest, never, resolve_spec, silent
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
@@ -86,10 +86,9 @@ def open_search(
     from caltech_hpo.search.records import finished_count, trial_records
 
     spec = resolve_spec(request)
-    existing = open_existing(place.storage)
-    lock = lock_path(place.storage, place.home, request.study)
-    with held(lock, f"search on study '{request.study}'"):
-        stored = find_study(existing, request.study)
+    what = f"search on study '{request.study}'"
+    with study_lock(place.storage, place.home, request.study, what) as check_lock:
+        stored = find_study(open_existing(place.storage), request.study)
         finished = 0
         if stored is not None:
             check_unchanged(stored, request.study, spec, data=None, allow_changed=request.allow_changed)
@@ -103,12 +102,12 @@ def open_search(
             check_unchanged(
                 stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
             )
-        yield from _run(request, place, spec, index, finished, progress, say, stop)
+        yield from _run(request, place, spec, index, finished, check_lock, progress, say, stop)
 
 
 def _run(
     request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, finished: int,
-    progress: Progress | None, say: Say, stop: Callable[[], bool],
+    check_lock: Check, progress: Progress | None, say: Say, stop: Callable[[], bool],
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.planning import binding_of, forecaster_for
@@ -136,7 +135,7 @@ def _run(
             storage, request.study, spec, index.fingerprint,
             sampler_seed=request.seed, allow_changed=request.allow_changed,
         )  # fmt: skip
-        study, held_storage = hold(study, storage)
+        study, held_storage = hold(study, storage, check_lock)
         enqueue(study, [complete_params(spec, params) for params in request.enqueue], say)
         held_storage.flush()
         binding = binding_of(executor, data, request)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from caltech_hpo.search.request import Place, SearchRequest
-from caltech_hpo.search.storage import default_url
+from caltech_hpo.search.urls import default_url
 
 SMOKE_TRIALS, SMOKE_IMAGES = 2, 300
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR, SPEC_HASH_ATTR, check_unchanged
+from caltech_hpo.search.urls import redact, shown, sqlite_path
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
 
@@ -23,66 +24,74 @@ OPTUNAS_TABLES = {"studies", "trials", "trial_heartbeats", "trial_intermediate_v
 BUSY_TIMEOUT = 60  # seconds that SQLite waits for another writer
 
 
-def default_url(home: Path) -> str:
-    """The SQLite database in the home."""
-    return f"sqlite:///{(home / 'studies.db').absolute()}"
-
-
-def sqlite_path(url: str) -> Path | None:
-    """The file behind a SQLite URL; None for another database. Raises StorageError."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
-        raise StorageError(
-            "--storage is not a database URL",
-            "write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE",
-        ) from error
-    if not parsed.drivername.startswith("sqlite"):
-        return None
-    if not parsed.database or parsed.database == ":memory:":
-        raise StorageError("--storage: a SQLite database in memory keeps nothing", "write sqlite:///FILE")
-    return Path(parsed.database)
-
-
 def open_storage(url: str) -> optuna.storages.RDBStorage:
     """Opens (or creates) the database. Raises StorageError for anything that is no Optuna database."""
     path = sqlite_path(url)
-    there = False
-    if path is not None:
-        there = check_sqlite(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{path.parent}: {error.strerror}", "give a writable --home or --storage"
-            ) from error
+    if path is None:
+        return _connect(url, create=True)
+    if not check_sqlite(path):
+        _create_sqlite(url, path)
+    from caltech_hpo.search.sqlite import prepare_sqlite
+
+    storage = _connect(url, create=False)
+    prepare_sqlite(storage.engine)
+    return storage
+
+
+def _create_sqlite(url: str, path: Path) -> None:
+    """Makes the file and its tables; one process at a time, or they would trip over each other's tables."""
+    from filelock import FileLock
+
+    folder = path.parent / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{path.name}.create", timeout=BUSY_TIMEOUT):
+            if not check_sqlite(path):
+                _connect(url, create=True).engine.dispose()
+    except OSError as error:  # a time-out is one, too
+        raise StorageError(
+            f"{path.parent}: {error.strerror or error}", "give a writable --home or --storage"
+        ) from error
+
+
+def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.storages.RDBStorage:
+    """Raises StorageError for what cannot be opened, and for tables of another schema unless `any_schema`."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     options: dict[str, Any] = {"pool_pre_ping": True}
-    if path is not None:
+    if sqlite_path(url) is not None:
         options["connect_args"] = {"timeout": BUSY_TIMEOUT}
     fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=options, skip_table_creation=there)
+        return optuna.storages.RDBStorage(
+            url, engine_kwargs=options, skip_table_creation=not create, skip_compatibility_check=any_schema
+        )
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error)}", fix) from error
+        raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error, url)}", fix) from error
     except RuntimeError as error:  # Optuna's word for a schema of another version
+        older = "storage upgrade" in str(error)
         raise StorageError(
-            f"{shown(url)}: {_first_line(error)}", "back the file up, then run 'optuna storage upgrade'"
+            f"{shown(url)}: was made by {'an older' if older else 'a newer'} version of Optuna",
+            "run 'caltech-hpo storage upgrade', which makes a backup first"
+            if older
+            else "pip install --upgrade optuna",
         ) from error
     except ImportError as error:
-        raise StorageError(f"{shown(url)}: {error}", "pip install the database's driver") from error
-    if path is not None:
-        from caltech_hpo.search.sqlite import prepare_sqlite
+        raise StorageError(
+            f"{shown(url)}: {error}",
+            "install the database's driver: pip install 'caltech-hpo[postgresql]' for PostgreSQL",
+        ) from error
 
-        prepare_sqlite(storage.engine)
-    return storage
+
+def open_any_schema(url: str) -> optuna.storages.RDBStorage:
+    """An existing database, whatever version of Optuna made its tables. Raises StorageError."""
+    path = sqlite_path(url)
+    if path is not None and not check_sqlite(path):
+        raise StorageError(f"{path}: holds no studies", "check --home and --storage")
+    return _connect(url, create=False, any_schema=True)
 
 
 def open_existing(url: str) -> optuna.storages.RDBStorage | None:
@@ -96,16 +105,9 @@ def study_names(storage: optuna.storages.RDBStorage | None) -> list[str]:
     return [] if storage is None else sorted(study.study_name for study in storage.get_all_studies())
 
 
-def shown(url: str) -> str:
-    """The URL without its password; a SQLite file by its path."""
-    from sqlalchemy.engine import make_url
-
-    path = sqlite_path(url)
-    return str(path) if path is not None else make_url(url).render_as_string(hide_password=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error.__cause__ or error).splitlines()[0]
+def _first_line(error: BaseException, url: str) -> str:
+    lines = str(error.__cause__ or error).splitlines()
+    return redact(lines[0], url) if lines else type(error).__name__
 
 
 def check_sqlite(path: Path) -> bool:

@@ -22,8 +22,9 @@ from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from caltech_hpo.errors import StorageError, StorageFullError
+from caltech_hpo.search.locks import Check, no_check
 from caltech_hpo.search.sqlite import is_busy, is_full, writing
-from caltech_hpo.search.storage import shown
+from caltech_hpo.search.urls import shown
 
 ATTEMPTS = 3  # each as long as the database's time-out, a minute
 TRIALS: Table = models.TrialModel.__table__
@@ -47,9 +48,10 @@ class WriteThroughStorage(InMemoryStorage):
     them, notes of the dashboard say, is left alone. Raises StorageError from `flush` if trials were added.
     """
 
-    def __init__(self, database: RDBStorage, study_name: str) -> None:
-        """Reads the study."""
+    def __init__(self, database: RDBStorage, study_name: str, check_lock: Check = no_check) -> None:
+        """Reads the study. `check_lock` is called before each write; it raises if the lock was lost."""
         super().__init__()
+        self._check_lock = check_lock
         self._engine = database.engine
         self._name = shown(str(database.url))
         self._database_study: int = database.get_study_id_from_name(study_name)
@@ -81,6 +83,7 @@ class WriteThroughStorage(InMemoryStorage):
         """
         if self._since is None:
             return
+        self._check_lock()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._write()
@@ -241,9 +244,11 @@ def _utc(local: datetime | None) -> datetime | None:
     return None if local is None else local.astimezone(UTC).replace(tzinfo=None)
 
 
-def hold(study: optuna.Study, database: RDBStorage) -> tuple[optuna.Study, WriteThroughStorage]:
+def hold(
+    study: optuna.Study, database: RDBStorage, check_lock: Check = no_check
+) -> tuple[optuna.Study, WriteThroughStorage]:
     """The same study with its sampler and pruner, held in memory. Its lock must be held too."""
-    storage = WriteThroughStorage(database, study.study_name)
+    storage = WriteThroughStorage(database, study.study_name, check_lock)
     held = optuna.load_study(
         study_name=study.study_name, storage=storage, sampler=study.sampler, pruner=study.pruner
     )

@@ -27,7 +27,8 @@ from caltech_hpo.results.trainings import seeded
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready
 from caltech_hpo.search.records import trial_record, trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import default_url, open_storage
+from caltech_hpo.search.storage import open_storage
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.spec import EpochResult, Recipe
 
 PARAMS = {"learning_rate": 0.01, "batch_size": 32, "epochs": 2, "augmentation": "center_crop"}

@@ -23,7 +23,7 @@ from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError, WorkerConfig
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import default_url
+from caltech_hpo.search.urls import default_url
 
 SHORT = {"learning_rate": 0.01, "batch_size": 32, "epochs": 2, "augmentation": "center_crop"}
 OTHER = SHORT | {"learning_rate": 0.02}

@@ -22,7 +22,7 @@ from caltech_hpo.results.ledger import (
     scores,
 )
 from caltech_hpo.search.records import trial_records
-from caltech_hpo.search.storage import default_url
+from caltech_hpo.search.urls import default_url
 
 PARAMS = {"learning_rate": 0.1, "epochs": 4}
 

@@ -22,7 +22,8 @@ from caltech_hpo.results.page import markdown_text, write_pages
 from caltech_hpo.results.page_text import confirmed_text
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import default_url, open_storage
+from caltech_hpo.search.storage import open_storage
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.spec import Choices, Hyperparameters
 from caltech_hpo.study_files import load_study, study_files
 

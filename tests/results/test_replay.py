@@ -10,7 +10,7 @@ from made_studies import searched
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.replay import default_pruners, parse_pruner, replay, replay_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import default_url
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.spec import Baseline, PrunerSpec, Published
 
 MEDIAN = PrunerSpec(name="median", startup_trials=1, warmup_epochs=2)

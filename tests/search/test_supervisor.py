@@ -22,8 +22,9 @@ from caltech_hpo.search.events import (
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Paused, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.space import Binding, suggest
-from caltech_hpo.search.storage import default_url, open_storage, open_study
+from caltech_hpo.search.storage import open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.search.write_through import hold
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Published
 from caltech_hpo.study_files import complete_params, load_study

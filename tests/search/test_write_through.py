@@ -14,7 +14,8 @@ from sqlalchemy.exc import OperationalError
 
 from caltech_hpo.errors import StorageError, StorageFullError
 from caltech_hpo.search.sqlite import prepare_sqlite, writing
-from caltech_hpo.search.storage import default_url, open_storage
+from caltech_hpo.search.storage import open_storage
+from caltech_hpo.search.urls import default_url
 from caltech_hpo.search.write_through import hold
 
 FLOATS = {"x": optuna.distributions.FloatDistribution(0, 1)}
