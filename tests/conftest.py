@@ -19,6 +19,10 @@ hypothesis.settings.load_profile("untimed")
 CALTECH101 = Path(__file__).parents[2] / "shared" / "data" / "caltech101"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=60, help="kills of the storm (pytest -m storm)")
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
@@ -31,7 +35,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """A user's own settings must not reach the tests."""
-    for name in ("HOME", "STORAGE", "DATA"):
+    for name in ("HOME", "STORAGE", "DATA", "TOKEN"):
         monkeypatch.delenv(f"CALTECH_HPO_{name}", raising=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -12,6 +13,8 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 def main() -> None:
     """The console script: errors become one message and an exit code; a bug is a traceback and 1."""
+    # Importing makes many objects that stay: looking for garbage among them took 7% of 'studies' (n = 5).
+    gc.set_threshold(100_000, 50, 50)
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # class names may be unprintable

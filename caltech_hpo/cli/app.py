@@ -8,11 +8,13 @@ from caltech_hpo import __version__
 from caltech_hpo.cli import (
     bench_commands,
     confirm_commands,
+    dashboard_commands,
     inspect_commands,
     plan_commands,
     replay_commands,
     result_commands,
     search_commands,
+    storage_commands,
 )
 
 app = typer.Typer(
@@ -21,8 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 for commands in (
-    plan_commands, search_commands, confirm_commands, result_commands, replay_commands, bench_commands,
-    inspect_commands,
+    plan_commands, search_commands, confirm_commands, result_commands, dashboard_commands, replay_commands,
+    bench_commands, inspect_commands, storage_commands,
 ):  # fmt: skip
     commands.register(app)
 

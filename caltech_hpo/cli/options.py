@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,13 +95,18 @@ def options_after(context: typer.Context) -> None:
         )
 
 
+def this_command() -> str:
+    """The command as it was typed; no password stands in it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 @contextmanager
 def goes_on() -> Iterator[None]:
     """Ctrl-C ends the command with 130 and says how to continue (typer alone would be silent)."""
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
+        say(f"interrupted; the same command goes on from here: {this_command()}")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -24,6 +24,7 @@ from caltech_hpo.cli.options import (
     place_of,
     progress_bars,
     say,
+    this_command,
 )
 from caltech_hpo.cli.plan_commands import forecast_line
 from caltech_hpo.cli.search_view import SearchView
@@ -121,7 +122,7 @@ def search(
         with stop.caught():
             follow(opened, request)
         if stop.asked():
-            say("paused; the same command goes on from here")
+            say(f"paused; the same command goes on from here: {this_command()}")
             raise typer.Exit(stop.exit_code)
         conclude(request, place, smoke=smoke, as_json=as_json)
 
@@ -170,7 +171,8 @@ def follow(opened: Search, request: SearchRequest) -> None:
 def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool) -> None:
     """The answer of `search`: counts, the best trial, and what to do next."""
     from caltech_hpo.search.records import best_record, trial_records
-    from caltech_hpo.search.storage import find_study, open_existing, shown
+    from caltech_hpo.search.storage import find_study, open_existing
+    from caltech_hpo.search.urls import shown
 
     stored = find_study(open_existing(place.storage), request.study)
     records = trial_records(stored) if stored else []

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import Any, Protocol, overload
 
+from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.messages import (
     Died,
     EpochDone,
@@ -26,9 +27,6 @@ from caltech_hpo.search.messages import (
     Working,
 )
 
-if TYPE_CHECKING:
-    pass
-
 # glibc returns every freed activation (tens of MB each) to the system and faults it in again at the
 # next step. Keeping freed memory, in huge pages, made an AlexNet step on a CPU 1.25 times as fast.
 GLIBC_TUNABLES = (
@@ -36,6 +34,7 @@ GLIBC_TUNABLES = (
 )
 
 
+ATTEMPTS = 3  # at starting a worker
 CLOSING = 15.0  # seconds that a worker has to save where its job is
 Target = Callable[[Connection, Any], None]
 
@@ -105,7 +104,7 @@ class ProcessExecutor:
         self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
             self._workers = [self._spawn() for _ in range(workers)]
-            self.ready, *_ = [self._await_ready(worker) for worker in self._workers]
+            self.ready, *_ = [self._started(index) for index in range(workers)]
         except BaseException:
             self.close()
             raise
@@ -119,14 +118,28 @@ class ProcessExecutor:
         theirs.close()  # so that the pipe closes when the worker dies
         return _Worker(process, ours)
 
+    def _started(self, index: int) -> Ready:
+        """Waits until a worker is ready; one that is killed meanwhile gets two more attempts."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self._workers[index].connection.close()
+                self._workers[index] = self._spawn()
+            with contextlib.suppress(ChildProcessError):
+                return self._await_ready(self._workers[index])
+        raise CaltechHpoError(
+            f"a worker was killed {ATTEMPTS} times before it was ready",
+            "mostly that is for lack of memory: use fewer --workers, then run again",
+        )
+
     def _await_ready(self, worker: _Worker) -> Ready:
         try:
             message = worker.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             worker.process.join()
-            raise RuntimeError(
-                f"a worker ended with exit code {worker.process.exitcode} before it was ready"
-            ) from None
+            code = worker.process.exitcode or 0
+            # Killed is somebody's doing, for lack of memory say; any other end is a bug.
+            error = ChildProcessError if code < 0 else RuntimeError
+            raise error(f"a worker ended with exit code {code} before it was ready") from None
         if isinstance(message, Refused):
             raise message.error
         assert isinstance(message, Ready)
@@ -174,9 +187,9 @@ class ProcessExecutor:
             worker.process.join()
             died = Died(worker.job, worker.process.exitcode or 0)
             worker.connection.close()
-            replacement = self._spawn()
-            self._workers[self._workers.index(worker)] = replacement
-            self._await_ready(replacement)
+            index = self._workers.index(worker)
+            self._workers[index] = self._spawn()
+            self._started(index)
             return died
         if not isinstance(event, (EpochDone, Working)):
             worker.job = None

@@ -34,14 +34,16 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One training. `keep` is where the best epoch's weights go, `checkpoint` where it is to go on from and
-    where it is kept while it runs (None: nowhere). The first `known` epochs need not be told again."""
+    """One training. `keep` is where the best epoch's weights go when it ends by itself, if its validation
+    accuracy is over `above`; `checkpoint` where it is to go on from and where it is kept while it runs (None:
+    nowhere). The first `known` epochs need not be told again."""
 
     number: int
     recipe: Recipe
     keep: Path | None = None
     checkpoint: Path | None = None
     known: int = 0
+    above: float = -1.0
 
 
 @dataclass(frozen=True)

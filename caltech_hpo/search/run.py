@@ -144,6 +144,7 @@ def _run(
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines,
             pruning=request.pruning, checkpoints=place.checkpoints / request.study,
+            models=place.models if place.scratch is None else None,
             trial_seconds=None if request.trial_minutes is None else request.trial_minutes * 60,
         )  # fmt: skip
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60

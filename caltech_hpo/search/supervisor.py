@@ -22,7 +22,7 @@ from caltech_hpo.search.events import (
     TrialWorking,
 )
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Job, Paused, WorkerBugError, Working
+from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Paused, WorkerBugError, Working
 from caltech_hpo.search.pruning import report
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY, trial_record
 from caltech_hpo.search.request import never
@@ -37,9 +37,9 @@ from caltech_hpo.search.running import (
     written,
 )
 from caltech_hpo.search.space import Binding, recipe_for, suggest
+from caltech_hpo.search.trial_files import TrialFiles
 from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, StudySpec
-from caltech_hpo.training.checkpoint_files import remove_checkpoint
 
 FAILURES_IN_A_ROW = 3
 # Epochs that come in a burst are written together: a write waits this long for the next event, and at
@@ -57,13 +57,12 @@ class Supervisor:
     def __init__(
         self, study: optuna.Study, storage: WriteThroughStorage, spec: StudySpec,
         executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
-        checkpoints: Path | None = None, trial_seconds: float | None = None,
+        checkpoints: Path | None = None, models: Path | None = None, trial_seconds: float | None = None,
     ) -> None:  # fmt: skip
-        """`checkpoints` is the folder for those of running trials (None: a trial begins anew).
-
-        A trial ends with its first epoch after `trial_seconds`.
+        """`checkpoints` is the folder for those of running trials (None: a trial begins anew), `models` that
+        for the best trial's weights. A trial ends with its first epoch after `trial_seconds`.
         """
-        self._checkpoints, self._trial_seconds = checkpoints, trial_seconds
+        self._trial_seconds = trial_seconds
         self._study, self._storage, self._spec = study, storage, spec
         self._executor, self._binding, self._pruning = executor, binding, pruning
         self._running: dict[int, Running] = {}
@@ -73,6 +72,8 @@ class Supervisor:
         trials = study.get_trials(deepcopy=False)
         self._finished = sum(trial.state in FINISHED for trial in trials)
         self._rows = HandTunedRows(spec, trials, wanted=baselines)
+        values = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value]
+        self._files = TrialFiles(study.study_name, checkpoints, models, max(values, default=-1.0))
 
     def run(
         self, trials: int, *, seconds: float | None = None, stop: Callable[[], bool] = never
@@ -95,6 +96,7 @@ class Supervisor:
                     told += self._fill(trials, deadline)
                 if self._storage.age > LATEST or not self._running or not self._executor.event_within(BURST):
                     yield from written(self._storage, stop)
+                    self._files.settle()
                     yield from told  # only what is in the database
                     told = []
                 if not self._running or (paused_at and time.monotonic() - paused_at > PATIENCE):
@@ -105,6 +107,7 @@ class Supervisor:
                     kill_hung(self._running, self._executor, self._slowest)
         finally:
             self._storage.flush()
+            self._files.settle()
 
     def _find_orphans(self) -> Iterator[SearchEvent]:
         """The lock is ours, so every RUNNING trial belongs to a search that is gone. It goes on.
@@ -118,6 +121,7 @@ class Supervisor:
                 baseline = trial.user_attrs.get(BASELINE_ATTR, "")
                 give_back(self._study, self._spec, trial, baseline)
                 yield Requeued(trial.number)
+        self._files.tidy(set(self._orphans))
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
@@ -143,19 +147,11 @@ class Supervisor:
         yield TrialResumed(number, record.params, record.recipe.epochs, len(record.epochs), record.baseline)
         if record.epochs:
             running.stop_reason = self._verdict(running)
-        if running.stop_reason or len(record.epochs) == record.recipe.epochs:
+        done = len(record.epochs) == record.recipe.epochs and not self._files.lack_weights(running)
+        if running.stop_reason or done:
             yield self._ended(running)
         else:
-            self._submit(running)
-
-    def _submit(self, running: Running) -> None:
-        number = running.trial.number
-        self._executor.submit(
-            Job(number, running.recipe, checkpoint=self._checkpoint(number), known=len(running.results))
-        )
-
-    def _checkpoint(self, number: int) -> Path | None:
-        return None if self._checkpoints is None else self._checkpoints / f"trial-{number}.checkpoint"
+            self._executor.submit(self._files.job(running))
 
     def _start(self) -> TrialStarted:
         self._rows.queue_next(self._study)
@@ -168,7 +164,7 @@ class Supervisor:
         trial.set_user_attr("recipe_hash", recipe.hash)
         baseline = trial.user_attrs.get(BASELINE_ATTR, "")
         self._running[trial.number] = Running(trial, recipe, baseline)
-        self._submit(self._running[trial.number])
+        self._executor.submit(self._files.job(self._running[trial.number]))
         return TrialStarted(trial.number, params, recipe.epochs, baseline)
 
     def _handle(self, event: Event) -> Iterator[SearchEvent]:
@@ -210,7 +206,7 @@ class Supervisor:
         ended = tell(running, self._executor.ready, state, running.stop_reason or "finished")
         self._finished += 1
         self._failures = 0
-        self._forget(ended.number)
+        self._forget(ended.number, ended.value if state == TrialState.COMPLETE else None)
         return ended
 
     def _died(self, running: Running, event: Died) -> SearchEvent:
@@ -223,7 +219,8 @@ class Supervisor:
             return self._give_up(
                 running, f"its worker died {deaths} times (last exit code {event.exit_code})"
             )
-        self._submit(running)
+        self._files.tidy({*self._running, *self._orphans})
+        self._executor.submit(self._files.job(running))
         done = len(running.results)
         return TrialResumed(number, running.trial.params, running.recipe.epochs, done, running.baseline)
 
@@ -250,9 +247,7 @@ class Supervisor:
             )
         return ended
 
-    def _forget(self, number: int) -> None:
-        """A trial has ended: its checkpoints go."""
+    def _forget(self, number: int, value: float | None = None) -> None:
+        """A trial has ended: its files are put away once that is in the database."""
         del self._running[number]
-        path = self._checkpoint(number)
-        if path is not None:
-            remove_checkpoint(path)
+        self._files.ended(number, value)

@@ -10,9 +10,10 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,18 +34,24 @@ from caltech_hpo.search.messages import (
 )
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.timings import StepTime
-from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from caltech_hpo.training.device import describe_device, keep_near, resolve_device, resolve_precision
+from caltech_hpo.training.best import BestWeights
+from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint
+from caltech_hpo.training.device import (
+    describe_device,
+    keep_near,
+    resolve_device,
+    resolve_precision,
+    versions,
+)
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import never, train
 from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share, peak_memory
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
-from caltech_hpo.training.state import TrainingState, begin, capture, restore
+from caltech_hpo.training.state import TrainingState, begin, capture, changing, restore
 from caltech_hpo.training.timing import time_steps
 
-PACKAGES = ("caltech-hpo", "torch", "torchvision", "timm", "optuna")
 JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
 # Between progress messages of one job, in parts of the whole.
 PROGRESS_STEPS = 50
@@ -61,15 +68,6 @@ class WorkerContext:
     features: Path | None
     memory: MicroBatches
     ready: Ready
-
-
-def versions() -> dict[str, str]:
-    """The installed packages that decide what a training computes."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # timm is an extra
-            found[package] = version(package)
-    return found
 
 
 def open_worker(config: WorkerConfig) -> WorkerContext:
@@ -131,8 +129,9 @@ def _epochs(
     while True:
         prepared = yield from _prepared(job, context)
         state = begin(job.recipe, prepared)
+        state.best = BestWeights(job.above) if job.keep else None
         found = load_checkpoint(job.checkpoint) if job.checkpoint else None
-        if found is not None and found[1]["recipe"] == job.recipe.hash:
+        if found is not None and _fits(job, found[1]):
             restore(state, job.recipe, prepared, *found)
         before = list(state.results)
         results = train(job.recipe, prepared, state, interrupted=interrupted)
@@ -146,6 +145,11 @@ def _epochs(
             new = itertools.chain([first] if first else [], results)
             yield from _report(job, prepared, state, before, new)
             return
+
+
+def _fits(job: Job, document: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of this training, and holds the best epoch where that is wanted."""
+    return document["recipe"] == job.recipe.hash and (job.keep is None or document["best_score"] is not None)
 
 
 def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Prepared]:
@@ -169,41 +173,43 @@ def _report(
     job: Job, prepared: Prepared, state: TrainingState, before: list[EpochResult],
     results: Iterable[EpochResult],
 ) -> Generator[JobEvent, bool, None]:  # fmt: skip
-    """Yields the epochs that are not known, keeps the best one's weights where asked to, stops when told to.
-
-    Those `before` come from the checkpoint: their weights were kept when they were new.
-    """
-    best, saved = -1.0, time.monotonic()
+    """Yields the epochs that are not known, stops when told to; those `before` come from the checkpoint."""
+    saved = time.monotonic()
     for new, result in itertools.chain(((False, r) for r in before), ((True, r) for r in results)):
-        score = result.validation_top1
-        improved = result.epoch == job.recipe.epochs if score is None else score > best
-        if improved:
-            best = score if score is not None else best
-            if job.keep is not None and new:
-                save_weights(prepared.model, job.keep)
+        if state.best and new:
+            state.best.offer(changing(prepared.model), result, last=result.epoch == job.recipe.epochs)
         if result.epoch > job.known and not (yield EpochDone(job.number, result)):
             yield Finished(job.number)
             return
         if new and job.checkpoint and time.monotonic() - saved >= CHECKPOINT_EVERY:
-            yield from _save(job, prepared, state, job.checkpoint)
+            yield from _written(job, job.checkpoint, "a checkpoint", _captured(job, prepared, state))
             saved = time.monotonic()
     if state.epoch > job.recipe.epochs:
+        if state.best and state.best.tensors and job.keep:
+            save = partial(state.best.save, prepared.model, job.keep)
+            yield from _written(job, job.keep, "the best weights", save)
         yield Finished(job.number)
         return
     if job.checkpoint:
-        yield from _save(job, prepared, state, job.checkpoint)
+        yield from _written(job, job.checkpoint, "a checkpoint", _captured(job, prepared, state))
     yield Paused(job.number)
 
 
-def _save(job: Job, prepared: Prepared, state: TrainingState, path: Path) -> Iterator[Working]:
-    """Saves a checkpoint; the one before stays, and the training goes on, where there is no room for it."""
+def _captured(job: Job, prepared: Prepared, state: TrainingState) -> Callable[[], None]:
+    """The writing of the job's checkpoint, as it stands now."""
+    assert job.checkpoint is not None
     tensors, document = capture(state, prepared)
+    return partial(save_checkpoint, job.checkpoint, tensors, {"recipe": job.recipe.hash, **document})
+
+
+def _written(job: Job, path: Path, what: str, write: Callable[[], None]) -> Iterator[Working]:
+    """Writes a file; where there is no room for it says so, what was there stays, and the job goes on."""
     try:
-        save_checkpoint(path, tensors, {"recipe": job.recipe.hash, **document})
+        write()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        yield Working(job.number, f"{path.parent}: no room for a checkpoint", 0, 1)
+        yield Working(job.number, f"{path.parent}: no room for {what}", 0, 1)
 
 
 def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,17 @@ MAGIC = b"CHPOCKP1"
 DIGEST_BYTES, LENGTH_BYTES = 32, 8
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the state dictionary as safetensors: temporary file, fsync, rename, fsync of the folder."""
-    from safetensors.torch import save_file
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a state dictionary as safetensors: temporary file, fsync, rename, fsync of the folder."""
+    from safetensors.torch import save
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(state, temporary)
-        temporary.chmod(0o644)  # safetensors makes files for their owner alone
-        with temporary.open("rb+") as file:
+        with temporary.open("wb") as file:
+            file.write(save(state))
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

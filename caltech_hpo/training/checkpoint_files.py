@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import psutil
 
 
 def previous(path: Path) -> Path:
@@ -11,11 +14,17 @@ def previous(path: Path) -> Path:
 
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its place."""
-    return path.with_name(f"{path.name}.tmp")
+    """Where a checkpoint is written before it takes its place; of this process, as another may be leaving."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file is one that a process did not live to finish."""
+    _, _, process = path.name.removesuffix(".tmp").rpartition(".")
+    return path.suffix == ".tmp" and process.isdigit() and not psutil.pid_exists(int(process))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes a checkpoint and the one before."""
-    for file in (path, previous(path), unfinished(path)):
+    """Removes a checkpoint, the one before, and what killed processes left unfinished."""
+    for file in (path, previous(path), *path.parent.glob(f"{path.name}.*.tmp")):
         file.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.terms import Precision
 
 AMPERE = (8, 0)
+PACKAGES = ("caltech-hpo", "torch", "torchvision", "timm", "optuna")
 RESIDENT_SHARE = 0.25  # of a GPU's free memory: the rest is for training, and for other workers
 
 
@@ -118,3 +120,12 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
+
+
+def versions() -> dict[str, str]:
+    """The installed packages that decide what a training computes."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # timm is an extra
+            found[package] = version(package)
+    return found

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from caltech_hpo.spec import EpochResult, Recipe
 from caltech_hpo.training.average import WeightAverage
+from caltech_hpo.training.best import BestWeights
 from caltech_hpo.training.optimizers import make_optimizer, make_schedule
 from caltech_hpo.training.prepare import Prepared, derive_seed
+
+BEST = "best."  # before the names of the best epoch's tensors
 
 
 @dataclass
@@ -38,6 +41,7 @@ class TrainingState:
     seconds: float = 0.0  # of the epoch, before it was interrupted
     learning_rate: float = 0.0  # at the epoch's beginning
     results: list[EpochResult] = field(default_factory=list)
+    best: BestWeights | None = None  # None: nobody wants them
 
 
 def begin(recipe: Recipe, prepared: Prepared) -> TrainingState:
@@ -88,6 +92,8 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
                 plain.setdefault(str(index), {})[name] = value
     if average:
         tensors |= {f"average.{number}": value for number, value in enumerate(average.averages)}
+    if state.best:
+        tensors |= {f"{BEST}{name}": value for name, value in state.best.tensors.items()}
     tensors |= {"loss": state.loss, "random.draws": state.draws.get_state()}
     tensors["random.cpu"] = torch.get_rng_state()
     if prepared.device.type == "cuda":
@@ -96,6 +102,7 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
         "epoch": state.epoch, "batch": state.batch, "images": state.images, "steps": state.steps,
         "seconds": state.seconds, "learning_rate": state.learning_rate,
         "average_steps": average.steps if average else 0,
+        "best_score": state.best.score if state.best else None,
         "optimizer": {"groups": groups["param_groups"], "plain": plain},
         "results": [json.loads(result.model_dump_json()) for result in state.results],
     }  # fmt: skip
@@ -129,6 +136,9 @@ def restore(
             [tensors[f"average.{number}"] for number in range(len(state.average.averages))],
             document["average_steps"],
         )
+    if state.best:
+        kept = {k.removeprefix(BEST): v.to(prepared.device) for k, v in tensors.items() if k.startswith(BEST)}
+        state.best = BestWeights(max(state.best.score, document["best_score"]), kept)
     begin_epoch(state, recipe, document["epoch"])
     state.batch = document["batch"]
     state.images, state.steps, state.seconds = document["images"], document["steps"], document["seconds"]

@@ -122,8 +122,9 @@ def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
     file = tmp_path / "checkpoints" / "trial-0.checkpoint"
     executor = ProcessExecutor(config, 1, target=eager_worker if how == "kill" else None)
     try:
-        expected = scores(settled_job(executor, Job(0, many)))
-        executor.submit(Job(1, many, checkpoint=file))
+        expected = scores(settled_job(executor, Job(0, many, tmp_path / "whole")))
+        kept = tmp_path / "best"
+        executor.submit(Job(1, many, kept, file))
         begun = []
         while len(begun) < 2:
             begun.append(executor.next_event())
@@ -143,13 +144,16 @@ def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
             assert rest[-1] == Died(1, -signal.SIGKILL)
         assert file.exists()
         known = len(scores(begun))
-        again = settled_job(executor, Job(1, many, checkpoint=file, known=known))
+        again = settled_job(executor, Job(1, many, kept, file, known))
         if isinstance(again[-1], Died):  # the worker that was asked to end had ended by now
-            again = settled_job(executor, Job(1, many, checkpoint=file, known=known))
+            again = settled_job(executor, Job(1, many, kept, file, known))
         assert again[-1] == Finished(1)
         assert scores(begun) + scores(again) == expected
+        assert kept.read_bytes() == (tmp_path / "whole").read_bytes()
         # what the supervisor does not know, though it was trained, is told again
         assert scores(settled_job(executor, Job(2, many, checkpoint=file, known=1))) == expected[1:]
+        settled_job(executor, Job(3, many, tmp_path / "not better", above=1.0))
+        assert not (tmp_path / "not better").exists()
     finally:
         executor.close()
 

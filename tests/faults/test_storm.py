@@ -1,0 +1,169 @@
+"""Searches whose processes are killed at random instants, and continued, until they are done.
+
+Run on request: pytest -m storm --kills 60. What the user was shown (the lines of the log) is the record of
+acknowledgements: every one of them must be in the database afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import write_folders
+
+from caltech_hpo.search.maintenance import examine
+from caltech_hpo.search.records import trial_records
+from caltech_hpo.search.storage import stored_study
+from caltech_hpo.search.urls import default_url
+
+COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
+TRIALS, WORKERS = 30, 2
+LONGEST = 240.0  # seconds that a search may take without showing anything
+EPOCH = re.compile(r"trial (\d+) epoch (\d+)/\d+: .*?validation (\d\.\d+)")
+ENDED = re.compile(r"trial (\d+) (complete|pruned|failed)(?::[^,]*)?.*, best validation")
+
+pytestmark = [pytest.mark.storm, pytest.mark.timeout(0)]
+
+
+@dataclass
+class Storm:
+    """One home, its searches one after the other, and what they have shown."""
+
+    folder: Path
+    draw: random.Random
+    kills: Counter[str] = field(default_factory=Counter)
+    studies: int = 0
+    stuck: int = 0
+    codes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def study(self) -> str:
+        return f"demo@{self.studies + 1}"
+
+    @property
+    def log(self) -> Path:
+        """Written by the search itself, outside the database; every search adds to it."""
+        return self.folder / f"{self.study}.log"
+
+    @contextlib.contextmanager
+    def searching(self):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
+        command = [COMMAND, "search", "--study", self.study, "--trials", str(TRIALS), "--data", "images"]
+        with self.log.open("ab") as log, subprocess.Popen(
+            [*command, "--workers", str(WORKERS), "--no-pruning"], cwd=self.folder, stdout=log, stderr=log,
+            env=environment | {"NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            yield process
+
+    def strike(self, process) -> None:
+        """Kills one of the search's processes, at a random instant of its first seconds or of its work."""
+        time.sleep(self.draw.uniform(0, 6) if self.draw.random() < 0.7 else self.draw.uniform(0, 0.5))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            if parent.status() == psutil.STATUS_ZOMBIE:
+                return
+            children = parent.children(recursive=True)
+            victims = (
+                [parent, *children] if self.draw.random() < 0.1 else [self.draw.choice([parent, *children])]
+            )
+            for victim in victims:
+                victim.kill()
+            self.kills[
+                "everything" if len(victims) > 1 else "supervisor" if victims == [parent] else "worker"
+            ] += 1
+
+    def settle(self, process) -> bool:
+        """Waits for the search's end; True if it was killed or failed, False if the study is done."""
+        size, since = -1, time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.05)
+            if (now := self.log.stat().st_size) != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > LONGEST:
+                self.stuck += 1
+                process.kill()
+        self.codes[process.returncode] += 1
+        return process.returncode != 0
+
+    def run(self, kills: int) -> None:
+        """Study after study until there were so many kills, then without any until the last one is done."""
+        done = False
+        while not done or sum(self.kills.values()) < kills:
+            with self.searching() as process:
+                while process.poll() is None and sum(self.kills.values()) < kills:
+                    self.strike(process)
+                done = not self.settle(process)
+            self.studies += done
+            assert self.codes[process.returncode] < 3 * kills + 3, self.log.read_text()[-2000:]
+
+
+def acknowledged(
+    log: Path,
+) -> tuple[Counter[tuple[int, int]], dict[tuple[int, int], str], Counter[int], dict[int, str]]:
+    """How often each epoch was shown and its accuracy; how often each trial's end was and its state."""
+    epochs, values, ends, states = Counter(), {}, Counter(), {}
+    for line in log.read_text().splitlines():
+        if found := EPOCH.match(line):
+            key = int(found[1]), int(found[2])
+            epochs[key] += 1
+            values[key] = found[3]
+        elif found := ENDED.match(line):
+            ends[int(found[1])] += 1
+            states[int(found[1])] = found[2]
+    return epochs, values, ends, states
+
+
+def test_storm(tmp_path, request, record_property):
+    kills = request.config.getoption("--kills")
+    seed = int(os.environ.get("STORM_SEED", time.time_ns() % 2**32))
+    write_folders(tmp_path / "images", images=12)
+    storm = Storm(tmp_path, random.Random(seed))
+    begun = time.monotonic()
+    storm.run(kills)
+    url = default_url(tmp_path / "storage")
+    assert not examine(url).problems
+    figures = Counter(lost=0, duplicated=0, acknowledged=0, failed=0, trials=0)
+    for number in range(storm.studies):
+        name = f"demo@{number + 1}"
+        records = {record.number: record for record in trial_records(stored_study(url, name))}
+        epochs, values, ends, states = acknowledged(tmp_path / f"{name}.log")
+        figures["acknowledged"] += len(epochs) + len(ends)
+        figures["duplicated"] += sum(n > 1 for n in (*epochs.values(), *ends.values()))
+        stored = {
+            (record.number, epoch.epoch): f"{epoch.validation_top1:.3f}"
+            for record in records.values()
+            for epoch in record.epochs
+        }
+        figures["lost"] += sum(stored.get(key) != value for key, value in values.items())
+        figures["lost"] += sum(records[trial].state != state for trial, state in states.items())
+        finished = [record for record in records.values() if record.state in ("complete", "pruned")]
+        assert len(finished) == TRIALS
+        assert not [record for record in records.values() if record.state == "running"]
+        assert Counter(r.baseline for r in finished if r.baseline) == {
+            "by hand: LR 0.05, 6 epochs, step 4": 1
+        }
+        figures["failed"] += sum(record.state == "failed" for record in records.values())
+        figures["trials"] += len(finished)
+    figures["stuck"] = storm.stuck
+    leftover = [p for p in (tmp_path / "storage" / "checkpoints").rglob("*") if p.is_file()]
+    facts = {
+        "kills": dict(storm.kills), "exit codes": dict(storm.codes), **figures, "studies": storm.studies,
+        "seed": seed, "minutes": round((time.monotonic() - begun) / 60, 1),
+    }  # fmt: skip
+    print("\nstorm:", json.dumps(facts))
+    record_property("storm", json.dumps(facts))
+    assert figures["acknowledged"] >= 10 * kills, "a storm that saw nothing proves nothing"
+    assert (figures["lost"], figures["duplicated"], figures["stuck"]) == (0, 0, 0), facts
+    assert not leftover
+    assert storm.codes[1] == 0, "a traceback"
