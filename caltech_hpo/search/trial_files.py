@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from caltech_hpo.data.cache import sync_folder
@@ -12,7 +13,8 @@ from caltech_hpo.training.checkpoint_files import is_abandoned, previous, remove
 
 def best_weights(models: Path, study: str) -> list[Path]:
     """The files with the weights of a study's best trial: one, or none before a trial was complete."""
-    return sorted(models.glob(f"{study}-best-trial*.safetensors"))
+    name = re.compile(rf"{re.escape(study)}-best-trial[0-9]+\.safetensors")
+    return [path for path in sorted(models.glob(f"{study}-best-trial*")) if name.fullmatch(path.name)]
 
 
 class TrialFiles:

@@ -106,7 +106,7 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
         "optimizer": {"groups": groups["param_groups"], "plain": plain},
         "results": [json.loads(result.model_dump_json()) for result in state.results],
     }  # fmt: skip
-    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     return copies, document
 
 
