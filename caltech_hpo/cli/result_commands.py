@@ -1,4 +1,4 @@
-"""`final`, `report`, `dashboard`."""
+"""`final`, `report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.display import EpochView
 from caltech_hpo.cli.final_tables import final_text, seeds_text
 from caltech_hpo.cli.options import (
@@ -43,7 +42,7 @@ class FitOnChoice(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Adds the commands."""
-    for command in (final, report, dashboard):
+    for command in (final, report):
         app.command()(command)
 
 
@@ -63,6 +62,10 @@ def final(
         str | None,
         typer.Option(help="Why another configuration of the study shall be scored.", metavar="REASON"),
     ] = None,
+    allow_leak: Annotated[
+        bool,
+        typer.Option("--allow-leak", help="Score though test images are training or validation images too."),
+    ] = False,
     device: Device = "auto",
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
@@ -88,7 +91,7 @@ def final(
                 progress=bars, say=say,
             )  # fmt: skip
         say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
-        results = [_scored(plan, device, skip_unreadable) for plan in plans]
+        results = [_scored(plan, device, skip_unreadable, allow_leak) for plan in plans]
     _answer_final(plans, results, as_json)
 
 
@@ -106,7 +109,7 @@ def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: b
         answer(made.model_dump(mode="json"), as_json, seeds_text(made, first.choice, uses, folders))
 
 
-def _scored(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+def _scored(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> FinalResult:
     """The recipe's score: the stored one, or a new one."""
     from caltech_hpo.results.final import final_lock, is_settled
 
@@ -121,16 +124,19 @@ def _scored(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
             say(f"{what} was scored meanwhile; the test set is not used again")
             return taken
         say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
-        return _train_and_score(plan, device, skip_unreadable)
+        return _train_and_score(plan, device, skip_unreadable, allow_leak)
 
 
-def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool) -> FinalResult:
+def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> FinalResult:
     from caltech_hpo.results.final import retrain, score
 
     view = EpochView(Console(stderr=True), plan.recipe.epochs)
     with progress_bars() as bars, view.shown():
         epochs = []
-        for result in retrain(plan, device=device, skip_unreadable=skip_unreadable, progress=bars):
+        for result in retrain(
+            plan, device=device, skip_unreadable=skip_unreadable, allow_leak=allow_leak,
+            progress=bars, say=say,
+        ):  # fmt: skip
             bars.close()
             view.handle(result)
             epochs.append(result)
@@ -161,26 +167,3 @@ def report(
 
     made = make_report(study, place_of(home, storage))
     answer(made.model_dump(mode="json"), as_json, report_table(made))
-
-
-def dashboard(
-    host: Annotated[str, typer.Option(help="Address to listen on; there is no password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
-    home: Home = DEFAULT_HOME,
-    storage: Storage = None,
-) -> None:
-    """Serve optuna-dashboard on the study database until Ctrl-C.
-
-    Example: caltech-hpo dashboard --port 8080
-    """
-    from caltech_hpo.results.dashboard import bind, make_app, serve
-
-    place = place_of(home, storage)
-    application = make_app(place.storage, place.home / "artifacts")
-    listening = bind(host, port)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        say(f"warning: anyone who reaches {host} can read and change every study: there is no password")
-    shown = f"[{host}]" if ":" in host else host
-    say(f"dashboard: http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends it)")
-    serve(application, listening)  # returns on Ctrl-C
-    raise typer.Exit(INTERRUPTED)

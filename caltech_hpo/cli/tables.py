@@ -200,8 +200,12 @@ def check_table(result: CheckResult) -> Group:
         lines.append(f"{result.unlisted} images are in neither list and are not used")
     lines.append(f"unreadable images: {len(result.unreadable)}")
     lines += [f"  {path}: {why}" for path, why in result.unreadable.items()]
-    lines.append(f"identical images across splits: {len(result.identical)} groups")
-    lines += ["  " + " = ".join(group) for group in result.identical]
+    for found, what in (
+        (result.leaks, "leaks, groups of the same pixels in test and in training or validation"),
+        (result.duplicates, "duplicates, groups of the same pixels in training and validation"),
+    ):
+        lines.append(f"{what}: {len(found)}")
+        lines += ["  " + " = ".join(group) for group in found]
     return Group(table, *(escape(line) for line in lines))
 
 

@@ -22,7 +22,8 @@ from caltech_hpo.data.augment import (
     mix,
     rotate_each,
 )
-from caltech_hpo.data.cache import LabeledImages, Pixels
+from caltech_hpo.data.cache import LabeledImages
+from caltech_hpo.data.decode import Pixels
 from caltech_hpo.data.resident import ResidentImages, to_device
 
 # Where pixels are: in the cache file, or in the device's memory.

@@ -11,31 +11,24 @@ import errno
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from caltech_hpo.data.dataset import Sample
+from caltech_hpo.data.decode import DECODER_VERSION, Pixels, decode_all
+from caltech_hpo.data.files import Faults, shown
 from caltech_hpo.errors import DataError, UnreadableImagesError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Pixels = NDArray[np.uint8]
 # (what is being done, how many are done, how many there are)
 Progress = Callable[[str, int, int], None]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAGIC = b"CHPOPIX1"
-MOST_PIXELS = 50_000_000  # of a file, and of what is kept of it
-DECODER_VERSION = 2  # raise it when decode_image returns other pixels for the same file
 
 
 @dataclass(frozen=True)
@@ -53,42 +46,6 @@ class LabeledImages:
 
     def __add__(self, other: LabeledImages) -> LabeledImages:
         return LabeledImages(self.images + other.images, np.concatenate([self.labels, other.labels]))
-
-
-def decode_image(path: Path, resize: int) -> Pixels:
-    """The image as (height, width, 3) uint8 RGB, short side `resize`, aspect ratio kept.
-
-    The file's content decides its format, not its name. EXIF orientation is applied; the resize
-    is Pillow's antialiased bilinear, as torchvision's Resize does on a PIL image.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path, formats=FORMATS) as opened:
-        width, height = opened.size
-        short, long = sorted((width, height))
-        scaled = int(resize * long / short)  # torchvision rounds down, and so must we
-        if max(width * height, resize * scaled) > MOST_PIXELS:
-            raise ValueError(f"{width} x {height} pixels: too large, or too long and narrow")
-        image = to_rgb(ImageOps.exif_transpose(opened))
-    width, height = image.size
-    size = (resize, scaled) if width <= height else (scaled, resize)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def to_rgb(image: Image) -> Image:
-    """8-bit RGB. Alpha is dropped, 16-bit grey scaled to 8 bits; raises ValueError for other depths.
-
-    Pillow alone would clip 16-bit grey to white, and floats from 0 to 1 to black.
-    """
-    from PIL import Image as pillow
-
-    if image.mode.startswith("I;16"):
-        image = pillow.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits (mode {image.mode}): save the image with 8 or 16 bits")
-    return image.convert("RGB")
 
 
 def cache_key(root: Path, samples: Sequence[Sample], resize: int) -> str:
@@ -120,10 +77,11 @@ def build_cache(
                 _write_cache(path, root, samples, resize, label, progress)
     unreadable: dict[str, str] = read_index(path)["unreadable"]
     if unreadable and not skip_unreadable:
-        shown = "\n".join(f"  {root / name}: {why}" for name, why in list(unreadable.items())[:10])
-        more = f"\n  and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""
+        faults = Faults()
+        for name, why in unreadable.items():
+            faults.add(f"{shown(root / name)}: {why}")
         raise UnreadableImagesError(
-            f"{len(unreadable)} unreadable image(s) in the {label} split:\n{shown}{more}",
+            f"{faults.count} unreadable image(s) in the {label} split:\n{faults}",
             "replace or remove them, or go on without them: --skip-unreadable",
         )
     return path
@@ -162,34 +120,6 @@ def _write_cache(
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def decode_all(paths: Sequence[Path], resize: int) -> Iterator[Pixels | str]:
-    """Each file's pixels, or the reason why it cannot be read, in order; on all cores.
-
-    Threads suffice: Pillow releases the interpreter lock while it decodes and resizes. A window
-    of pending results keeps memory bounded.
-    """
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        window: deque[Future[Pixels | str]] = deque()
-        for path in paths:
-            window.append(pool.submit(_decode_or_reason, path, resize))
-            if len(window) > 8 * workers:
-                yield window.popleft().result()
-        while window:
-            yield window.popleft().result()
-
-
-def _decode_or_reason(path: Path, resize: int) -> Pixels | str:
-    try:
-        return decode_image(path, resize)
-    except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            # The system's fault, not the image's: must not be remembered as an unreadable image.
-            reason = error.strerror if isinstance(error, OSError) else "out of memory"
-            raise DataError(f"{path}: {reason}", "mend that and run the command again") from error
-        return f"{type(error).__name__}: {error}"[:200]
 
 
 def sync_folder(folder: Path) -> None:

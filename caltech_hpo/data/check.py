@@ -1,16 +1,17 @@
-"""What `data check` reports: counts, unreadable files, identical images across splits."""
+"""What `data check` reports: counts, unreadable files, images that are in two splits."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from caltech_hpo.data.cache import Progress, decode_all
+from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex
+from caltech_hpo.data.decode import decode_all
+from caltech_hpo.data.duplicates import digest, groups
 
-CHECK_SIZE = 64
+CHECK_SIZE = 256  # the short side at which most studies compare
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The findings. `unreadable` maps a path to the reason; `identical` groups paths by same content.
+    """The findings. `unreadable` maps a path to the reason.
 
-    A path is written "split: class/file". Groups listed have members in more than one split.
+    `leaks` are groups of images with the same decoded pixels of which one is in the test split and one in
+    training or validation; `duplicates` are in training and validation alone. A path is written
+    "split: class/file".
     """
 
     root: Path
@@ -35,25 +38,31 @@ class CheckResult:
     unlisted: int
     classes: tuple[ClassCount, ...]
     unreadable: dict[str, str]
-    identical: tuple[tuple[str, ...], ...]
+    leaks: tuple[tuple[str, ...], ...]
+    duplicates: tuple[tuple[str, ...], ...]
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether `search` or `final` would stop: duplicates do no more than flatter the validation."""
+        return bool(self.unreadable or self.leaks)
 
 
 def check(index: DatasetIndex, *, progress: Progress | None = None) -> CheckResult:
-    """Decodes every image once. Two count as identical when their pixels at short side 64 are equal."""
+    """Decodes every image once, at the size that studies keep them at."""
     splits = {"training": index.training, "validation": index.validation, "test": index.test}
     counts = {name: Counter(sample.label for sample in samples) for name, samples in splits.items()}
     named = [(name, sample.path) for name, samples in splits.items() for sample in samples]
     unreadable: dict[str, str] = {}
-    groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    digests: list[tuple[bytes, tuple[str, str]]] = []
     decoded = decode_all([index.root / path for _, path in named], CHECK_SIZE)
     for done, ((split, path), pixels) in enumerate(zip(named, decoded, strict=True), start=1):
         if isinstance(pixels, str):
             unreadable[f"{split}: {path}"] = pixels
         else:
-            digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-            groups[digest].append((split, path))
+            digests.append((digest(pixels), (split, path)))
         if progress:
             progress("checking images", done, len(named))
+    found = groups(digests)
     return CheckResult(
         root=index.root,
         split_source=index.split_source,
@@ -63,9 +72,6 @@ def check(index: DatasetIndex, *, progress: Progress | None = None) -> CheckResu
             for i, name in enumerate(index.classes)
         ),
         unreadable=unreadable,
-        identical=tuple(
-            tuple(f"{split}: {path}" for split, path in group)
-            for group in groups.values()
-            if len({split for split, _ in group}) > 1
-        ),
+        leaks=tuple(group.names for group in found if group.is_leak),
+        duplicates=tuple(group.names for group in found if not group.is_leak),
     )

@@ -18,6 +18,7 @@ from typing import IO
 from filelock import FileLock
 
 from caltech_hpo.data.cache import Progress, sync_folder
+from caltech_hpo.data.files import shown
 from caltech_hpo.errors import DataError
 
 # Address and MD5 as in torchvision.datasets.Caltech101.download.
@@ -144,12 +145,17 @@ def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> 
 
 
 def _extract_tar(stream: IO[bytes], folder: Path, progress: Progress | None) -> None:
-    """Extracts member by member; the "data" filter refuses what would land outside the folder."""
+    """Extracts member by member; the "data" filter refuses what would land outside the folder.
+
+    Links are refused too: the filter of Python before 3.11.13 can be led out of the folder by them
+    (CVE-2025-4517), and the real archive has none.
+    """
     # tarfile's own decompression stops quietly at damage; gzip's, read to the end, checks the CRC.
     with gzip.GzipFile(fileobj=stream) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
         for done, member in enumerate(tar, start=1):
-            if not member.isdev():
-                tar.extract(member, folder, filter="data")
+            if not (member.isreg() or member.isdir()):
+                raise tarfile.ExtractError(f"{shown(member.name)} in it is neither a file nor a folder")
+            tar.extract(member, folder, filter="data")
             if progress:
                 progress("unpacking files", done, max(done, 9_247))  # the members of the real archive
         while unzipped.read(CHUNK):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache, read_index
 from caltech_hpo.data.dataset import DatasetIndex, Sample
+from caltech_hpo.data.decode import Pixels
 from caltech_hpo.errors import DataError
 
 
@@ -87,6 +88,13 @@ def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dic
             else "no readable validation image"
         )
         raise DataError(f"{index.root}: {what}", "replace the unreadable images")
+
+
+def named_images(samples: Sequence[Sample], cache: Path) -> dict[str, Pixels]:
+    """The decoded images of a split by their paths; what could not be read is left out."""
+    unreadable = read_index(cache)["unreadable"]
+    kept = [sample.path for sample in samples if sample.path not in unreadable]
+    return dict(zip(kept, open_cache(cache).images, strict=True))
 
 
 def thin(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:

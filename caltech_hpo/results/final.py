@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from caltech_hpo.data.cache import Progress, read_index
-from caltech_hpo.data.loading import TestData, load_search_data, load_test_data
+from caltech_hpo.data.duplicates import TEST, Group, shared_images
+from caltech_hpo.data.files import Faults, shown
+from caltech_hpo.data.loading import SearchData, TestData, load_search_data, load_test_data, named_images
+from caltech_hpo.errors import DataError, StorageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.model_files import describe_model, publish, write_json
@@ -22,6 +25,7 @@ from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class,
 from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import study_lock
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
+from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.spec import EpochResult
@@ -59,19 +63,19 @@ def is_settled(plan: FinalPlan) -> bool:
 
 
 def retrain(
-    plan: FinalPlan, *, device: str, skip_unreadable: bool = False, progress: Progress | None = None
-) -> Iterator[EpochResult]:
+    plan: FinalPlan, *, device: str, skip_unreadable: bool = False, allow_leak: bool = False,
+    progress: Progress | None = None, say: Say = silent,
+) -> Iterator[EpochResult]:  # fmt: skip
     """Trains the recipe in a worker, keeping the best epoch's weights in the folder being made.
 
     "train" keeps the best validation epoch; "train+val" the last one. One that was interrupted goes on
-    from its checkpoint; its earlier epochs are yielded again. Raises CaltechHpoError when it fails.
+    from its checkpoint; its earlier epochs are yielded again. Raises CaltechHpoError when it fails, and
+    DataError before it begins if test images are among the training or validation images, unless
+    `allow_leak` says that they may be.
     """
-    # Decoded now, so that an unreadable test image is found before the training and not after it.
-    _load_test(plan, skip_unreadable=skip_unreadable, progress=progress)
-    assert plan.index is not None
-    data = load_search_data(
-        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
-    )
+    # Decoded now, so that what is wrong with a test image is found before the training and not after it.
+    test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
+    _check_leaks(plan, _leaks(plan, test, data), allow_leak, say)
     checkpoint = plan.unfinished / "training.checkpoint"
     if not (checkpoint.exists() or previous(checkpoint).exists()):
         shutil.rmtree(plan.unfinished, ignore_errors=True)
@@ -89,6 +93,8 @@ def retrain(
                 raise training_failure(event)
             elif isinstance(event, Working) and progress:
                 progress(event.what, event.done, event.total)
+    if not keep.exists():
+        raise StorageError(f"{plan.unfinished}: no room for the weights", "make room, then run it again")
     remove_checkpoint(checkpoint)
 
 
@@ -101,17 +107,19 @@ def score(
     `final_lock` must be held. Whatever ends the call after the scoring, the score is in the ledger or
     in the folder, from where the next call takes it.
     """
-    test = _load_test(plan, skip_unreadable=skip_unreadable, progress=progress)
+    test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
     write_json(plan.unfinished / "model.json", describe_model(plan.recipe, test.classes))
     evaluation = _evaluate(plan, test, device)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
-    result = _result(plan, epochs, matrix, evaluation.top1_flip)
+    leaks = _leaks(plan, test, data)
+    result = _result(plan, epochs, matrix, evaluation.top1_flip, _leaked(leaks))
     row = _score_row(plan, result, test)
     document = {
         "result": row.result.model_dump(mode="json"),
         "score": row.model_dump(mode="json", exclude={"id", "result"}),
         "test_loss": evaluation.loss,
         "confusion_matrix": matrix.tolist(),
+        "leaks": [group.names for group in leaks],
         "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
     }
     write_json(plan.unfinished / "metrics.json", document)
@@ -134,7 +142,7 @@ def finish(plan: FinalPlan) -> None:
 
 
 def _result(
-    plan: FinalPlan, epochs: Sequence[EpochResult], matrix: Labels, top1_flip: float | None
+    plan: FinalPlan, epochs: Sequence[EpochResult], matrix: Labels, top1_flip: float | None, leaks: int
 ) -> FinalResult:
     validated = [result for result in epochs if result.validation_top1 is not None]
     best = max(validated, key=lambda result: result.validation_top1 or 0.0, default=epochs[-1])
@@ -148,6 +156,7 @@ def _result(
         test_mean_per_class_accuracy=mean_per_class(matrix),
         test_accuracy_flip=top1_flip,
         test_images=int(matrix.sum()),
+        leaks=leaks,
         ci95=wilson_interval(int(matrix.trace()), int(matrix.sum())),
         fit_on=plan.recipe.fit_on,
         model=str(plan.folder / "model.safetensors"),
@@ -178,10 +187,49 @@ def _score_row(plan: FinalPlan, result: FinalResult, test: TestData) -> ScoreRow
     )
 
 
-def _load_test(plan: FinalPlan, *, skip_unreadable: bool, progress: Progress | None) -> TestData:
+def _load_all(
+    plan: FinalPlan, *, skip_unreadable: bool, progress: Progress | None
+) -> tuple[TestData, SearchData]:
     assert plan.index is not None, "the recipe has its score"
-    return load_test_data(
-        plan.index, plan.recipe.resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
+    place = (plan.index, plan.recipe.resize, plan.place.cache)
+    return (
+        load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress),
+        load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress),
+    )
+
+
+def _leaks(plan: FinalPlan, test: TestData, data: SearchData) -> list[Group]:
+    """Test images whose pixels are in training or validation too."""
+    index = plan.index
+    assert index is not None
+    splits = {
+        "training": named_images(index.training, data.training_cache),
+        "validation": named_images(index.validation, data.validation_cache),
+        "test": named_images(index.test, test.test_cache),
+    }
+    return [group for group in shared_images(splits) if group.is_leak]
+
+
+def _leaked(leaks: Sequence[Group]) -> int:
+    """How many test images they hold."""
+    return sum(split == TEST for group in leaks for split, _ in group.members)
+
+
+def _check_leaks(plan: FinalPlan, leaks: Sequence[Group], allowed: bool, say: Say) -> None:
+    """Raises DataError naming the leaks, or says that there are some where they are allowed."""
+    if not leaks:
+        return
+    faults = Faults()
+    for group in leaks:
+        faults.add(shown(group))
+    what = f"study '{plan.study}': {_leaked(leaks)} test image(s) have the pixels of training or validation images"
+    if allowed:
+        say(f"warning: {what}; the score will be too good, and its metrics.json names them\n{faults}")
+        return
+    raise DataError(
+        f"{what}:\n{faults}",
+        "remove one of each ('caltech-hpo data check' lists them) and search again, or score all the same: "
+        "--allow-leak",
     )
 
 

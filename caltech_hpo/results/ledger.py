@@ -77,7 +77,8 @@ class FinalResult(Frozen):
     `val_accuracy` is None when the validation images were trained on; `ci95` is Wilson's interval
     of `test_accuracy` over `test_images`; `test_accuracy_flip` scores each image together with its
     mirror image, where the recipe asks for it; `seeds` says how many trainings it rests on. `seed` is
-    the recipe's, None in results of versions that did not note it.
+    the recipe's, None in results of versions that did not note it. `leaks` counts test images whose pixels
+    were in training or validation too.
     """
 
     study: str
@@ -95,6 +96,7 @@ class FinalResult(Frozen):
     recipe_hash: str
     seeds: int = 1
     seed: int | None = None
+    leaks: int = 0
 
 
 class ScoreRow(Frozen):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from caltech_hpo.data.augment import AUGMENTATIONS, crop_corners, flip_some, rotate_each
 from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, evaluation_batches, training_batches
-from caltech_hpo.data.cache import LabeledImages, decode_image
+from caltech_hpo.data.cache import LabeledImages
 from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.decode import decode_image
 from caltech_hpo.terms import AugmentationName
 
 CPU = torch.device("cpu")

@@ -11,9 +11,10 @@ import pytest
 from helpers import write_folders, write_image
 from PIL import Image
 
-from caltech_hpo.data import cache
-from caltech_hpo.data.cache import build_cache, decode_image, open_cache
+from caltech_hpo.data import cache, decode
+from caltech_hpo.data.cache import build_cache, open_cache
 from caltech_hpo.data.dataset import Sample, scan
+from caltech_hpo.data.decode import decode_image
 from caltech_hpo.data.loading import load_search_data, load_test_data, thin
 from caltech_hpo.errors import DataError, UnreadableImagesError
 
@@ -62,13 +63,13 @@ def test_content_decides_the_format_and_others_are_refused(tmp_path):
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     assert decode_image(tmp_path / "a.jpg", 32).shape == (32, 38, 3)
     (tmp_path / "evil.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    with pytest.raises(Exception, match="cannot identify"):
+    with pytest.raises(Exception, match="another format than JPEG, PNG, WEBP, BMP, TIFF"):
         decode_image(tmp_path / "evil.jpg", 32)
 
 
 def test_a_second_build_reads_nothing(folders, tmp_path, monkeypatch):
     first = build(scan(folders), tmp_path / "cache")
-    monkeypatch.setattr(cache, "decode_image", None)
+    monkeypatch.setattr(decode, "decode_image", None)
     assert build(scan(folders), tmp_path / "cache") == first
 
 
@@ -123,7 +124,7 @@ def test_the_systems_faults_are_not_remembered_as_the_images(folders, tmp_path, 
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "decode_image", denied)
+        patched.setattr(decode, "decode_image", denied)
         with pytest.raises(DataError, match="Permission denied"):
             build(scan(folders), tmp_path / "cache", skip_unreadable=True)
     assert len(open_cache(build(scan(folders), tmp_path / "cache"))) == 9

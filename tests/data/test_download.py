@@ -161,6 +161,18 @@ def test_an_archive_cannot_leave_its_folder(tmp_path, name):
     assert not Path("/tmp/caltech-hpo-evil.txt").exists()
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_an_archive_holds_files_and_folders_alone(tmp_path, kind):
+    """A link that stays below its folder may still lead what comes after it out of there."""
+    info = tarfile.TarInfo("101_ObjectCategories/ant/odd.png")
+    info.type, info.linkname = kind, "image_000.png"
+    path = tmp_path / "odd.zip"
+    md5 = make_archive(path, write_folders(tmp_path / "source"), [info])
+    with pytest.raises(DataError, match=r"ant/odd\.png in it is neither a file nor a folder"):
+        fetch_caltech101(tmp_path / "datasets", archive=path, md5=md5)
+    assert [made.name for made in (tmp_path / "datasets").iterdir()] == ["caltech101.lock"]
+
+
 def test_the_demo_is_written_once_as_image_files(tmp_path):
     index = scan(write_demo(tmp_path))
     assert len(index.classes) == 10

@@ -7,10 +7,11 @@ import json
 import optuna
 import pytest
 from helpers import write_folders, write_study
+from PIL import Image
 from scipy import stats
 
 from caltech_hpo.data.dataset import scan
-from caltech_hpo.errors import CaltechHpoError, UsageError
+from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
 from caltech_hpo.results import final, ledger
 from caltech_hpo.results.final import final_lock, is_settled, retrain, score
 from caltech_hpo.results.overview import make_overview
@@ -85,10 +86,50 @@ def test_a_score_is_taken_once_and_kept_with_what_it_belongs_to(place):
     assert row.test_list == ledger.list_hash(scan(place.data).test)
     assert row.taken_at.endswith("+00:00") and row.version
     metrics = json.loads((plan.folder / "metrics.json").read_text())
+    assert metrics["leaks"] == []
     assert metrics["result"]["test_accuracy"] == row.top1 and (plan.folder / "confusion.png").is_file()
 
     again = plan_finals("demo", Place(place.home, place.storage, data=place.home / "absent"))
     assert [plan.stored for plan in again] == [first] and take(again[0]) == first
+
+
+@pytest.fixture
+def leaky(place):
+    """A study on the same folder, where the pixels of a test image are in training and validation too."""
+    index = scan(place.data)
+    for target in (index.training[0], index.validation[1]):
+        with Image.open(place.data / index.test[0].path) as image:
+            image.save(place.data / target.path, compress_level=1)
+    write_study(place.storage, [([0.1, 0.9], SHORT)], name="demo@2", data=scan(place.data).fingerprint)
+    names = [f"{split}: {getattr(index, split)[i].path}" for split, i in (("training", 0), ("validation", 1))]
+    return place, [*names, f"test: {index.test[0].path}"]
+
+
+def test_a_test_image_that_was_trained_on_is_refused_before_the_training(leaky, monkeypatch):
+    place, names = leaky
+    (plan,) = plan_finals("demo@2", place)
+    monkeypatch.setattr(final, "open_executor", None)  # nothing is trained
+    with final_lock(plan), pytest.raises(DataError) as refused:
+        next(retrain(plan, device="cpu"))
+    message = str(refused.value)
+    assert "1 test image(s) of study 'demo@2'" in message and " = ".join(names) in message
+    assert "remove one of each" in message and "--allow-leak" in message
+    assert ledger.scores(place.storage) == []
+
+
+def test_a_leak_that_is_allowed_is_told_and_noted(leaky):
+    place, names = leaky
+    (plan,) = plan_finals("demo@2", place)
+    told = []
+    with final_lock(plan):
+        epochs = list(retrain(plan, device="cpu", allow_leak=True, say=told.append))
+        result = score(plan, epochs, device="cpu")
+    assert len(told) == 1 and "warning: 1 test image(s)" in told[0] and " = ".join(names) in told[0]
+    metrics = json.loads((plan.folder / "metrics.json").read_text())
+    assert metrics["leaks"] == [names] and (result.test_images, result.leaks) == (12, 1)
+    # The stored score needs neither the images nor the option.
+    (again,) = plan_finals("demo@2", Place(place.home, place.storage, data=place.home / "absent"))
+    assert take(again) == result
 
 
 def test_another_configuration_needs_a_reason(place):
