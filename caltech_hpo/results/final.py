@@ -222,7 +222,7 @@ def _check_leaks(plan: FinalPlan, leaks: Sequence[Group], allowed: bool, say: Sa
     faults = Faults()
     for group in leaks:
         faults.add(shown(group))
-    what = f"study '{plan.study}': {_leaked(leaks)} test image(s) have the pixels of training or validation images"
+    what = f"study '{plan.study}': {_leaked(leaks)} test image(s) are training or validation images too"
     if allowed:
         say(f"warning: {what}; the score will be too good, and its metrics.json names them\n{faults}")
         return

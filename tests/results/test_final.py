@@ -112,7 +112,7 @@ def test_a_test_image_that_was_trained_on_is_refused_before_the_training(leaky, 
     with final_lock(plan), pytest.raises(DataError) as refused:
         next(retrain(plan, device="cpu"))
     message = str(refused.value)
-    assert "1 test image(s) of study 'demo@2'" in message and " = ".join(names) in message
+    assert "study 'demo@2': 1 test image(s) are" in message and " = ".join(names) in message
     assert "remove one of each" in message and "--allow-leak" in message
     assert ledger.scores(place.storage) == []
 
@@ -124,7 +124,7 @@ def test_a_leak_that_is_allowed_is_told_and_noted(leaky):
     with final_lock(plan):
         epochs = list(retrain(plan, device="cpu", allow_leak=True, say=told.append))
         result = score(plan, epochs, device="cpu")
-    assert len(told) == 1 and "warning: 1 test image(s)" in told[0] and " = ".join(names) in told[0]
+    assert len(told) == 1 and "1 test image(s) are" in told[0] and " = ".join(names) in told[0]
     metrics = json.loads((plan.folder / "metrics.json").read_text())
     assert metrics["leaks"] == [names] and (result.test_images, result.leaks) == (12, 1)
     # The stored score needs neither the images nor the option.
