@@ -12,7 +12,7 @@ from rich.markup import escape
 from caltech_hpo.cli.display import percent
 from caltech_hpo.cli.options import answer, goes_on, progress_bars, say
 from caltech_hpo.cli.tables import table_of
-from caltech_hpo.errors import UsageError
+from caltech_hpo.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from caltech_hpo.results.overview import StudySummary
@@ -44,9 +44,18 @@ def report_all(place: Place, output: Path | None, as_json: bool) -> None:
     from caltech_hpo.results.overview import make_overview
     from caltech_hpo.results.page import write_pages
 
+    folder = output or place.home / "reports"
+    if output is None and not place.home.is_dir():
+        raise UsageError(f"{place.home}: there is no such home", "give --home, or --output DIR for the page")
     with goes_on(), progress_bars() as bars:
         made = make_overview(place)
-        pages = write_pages(made, output or place.home / "reports", bars)
+        try:
+            pages = write_pages(made, folder, bars)
+        except OSError as error:
+            raise StorageError(
+                f"{error.filename or folder}: {error.strerror}",
+                "give a folder that can be written: --output DIR",
+            ) from error
     summaries = [study.summary for study in made.studies]
     document = {
         "summary": [summary.model_dump(mode="json") for summary in summaries],
@@ -68,6 +77,7 @@ def summary_table(summaries: list[StudySummary]) -> RenderableType:
         "our best",
         "confirmed",
         "final test",
+        "test used",
         "finished",
     )
     return table_of(columns, [_cells(one) for one in summaries], left=("study",), title="all studies")
@@ -87,5 +97,6 @@ def _cells(one: StudySummary) -> list[str]:
         "not run" if not one.in_database else percent(one.best_validation),
         percent(one.confirmed.mean) if one.confirmed else "not run",
         percent(one.test.top1) if one.test else "not run",
+        f"{one.test_uses} x",
         str(one.complete + one.pruned),
     ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -103,10 +104,18 @@ def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: b
     uses = len(ledger.family_scores(first.place.storage, first.study))
     if len(results) == 1:
         text = final_text(results[0], first.choice, uses, folders[0])
-        answer(results[0].model_dump(mode="json"), as_json, text)
+        answer(_document(results[0], folders[0]), as_json, text)
     else:
         made = over_seeds(results)
-        answer(made.model_dump(mode="json"), as_json, seeds_text(made, first.choice, uses, folders))
+        document = made.model_dump(mode="json")
+        document["results"] = [_document(one, where) for one, where in zip(results, folders, strict=True)]
+        answer(document, as_json, seeds_text(made, first.choice, uses, folders))
+
+
+def _document(result: FinalResult, folder: Path) -> dict[str, Any]:
+    """The result as JSON; its model's file is where it is now, null where it is gone."""
+    model = folder / "model.safetensors"
+    return {**result.model_dump(mode="json"), "model": str(model) if model.exists() else None}
 
 
 def _scored(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> FinalResult:

@@ -141,7 +141,7 @@ def report_table(made: Report) -> RenderableType:
     lines += score_lines(made)
     if made.importance:
         lines.append(importance_text(made.importance))
-    lines.append(f"curves: {made.curves}" if made.curves else "no curves yet")
+    lines.append(f"curves: {made.curves or made.curves_problem or 'none yet'}")
     return Group(table, *(escape(line) for line in lines))
 
 

@@ -130,6 +130,8 @@ def open_confirm(
 ) -> Iterator[ConfirmPlan]:  # fmt: skip
     """Chooses finalists and seeds, and holds the study's confirm lock.
 
+    Seeds that were trained on before stay, though fewer be asked for: choosing how many count would be
+    choosing by luck again.
     Raises UsageError without a stored study or a complete trial, DataError for other data, StorageError
     while another `confirm` of the study runs.
     """
@@ -146,9 +148,13 @@ def open_confirm(
     recipes = {record.number: record.recipe for record in records}
     with study_lock(place.storage, place.home, f"confirm-{name}", f"confirm of study '{name}'"):
         storage = open_storage(place.storage)
-        before = requests(storage, name)
-        numbers = fresh_seeds(records, seeds, before[0].seeds if before else ())
-        done = {run.recipe_hash for run in runs(storage, name)}
+        before, stored = requests(storage, name), runs(storage, name)
+        earlier = before[0].seeds if before else ()
+        used = len({run.seed for run in stored} & set(earlier))
+        if used > seeds:
+            say(f"{used} seeds were confirmed before: all of them count")
+        numbers = fresh_seeds(records, max(seeds, used), earlier)
+        done = {run.recipe_hash for run in stored}
         trainings = [
             Training(one.trial, seeded(recipe, seed))
             for seed in numbers

@@ -65,6 +65,12 @@ def test_uses(study: optuna.Study, place: Place) -> int:
     return len(ledger.family_scores(place.storage, study.study_name))
 
 
+def test_reasons(study: optuna.Study, place: Place) -> tuple[str, ...]:
+    """Why the test set was used again, for the study and its NAME@K."""
+    rows = ledger.family_scores(place.storage, study.study_name)
+    return tuple(dict.fromkeys(row.reason for row in rows if row.reason))
+
+
 def known_configurations(records: Sequence[TrialRecord]) -> set[str]:
     """What the trials are or become when `final` fits them on the validation images too."""
     found = set()

@@ -17,6 +17,7 @@ from caltech_hpo.results.evidence import (
     by_configuration,
     confirmation,
     known_configurations,
+    test_reasons,
     test_scores,
     test_uses,
 )
@@ -37,7 +38,8 @@ class StudySummary(Frozen):
 
     `row` names the hand-tuned row with the best published accuracy ("" without hand-tuned rows), and
     `ours_*` is our latest run of that same row. `test` is the score of the best trial, or else the
-    last one taken; `test_uses` counts every scoring on the test set. `seeds` are those of the search's
+    last one taken; `test_uses` counts every scoring on the test set, `test_reasons` say why it was used
+    again. `seeds` are those of the search's
     trainings.
     """
 
@@ -54,6 +56,7 @@ class StudySummary(Frozen):
     confirmed: Confirmed | None
     test: FinalScore | None
     test_uses: int
+    test_reasons: tuple[str, ...] = ()
     seeds: int
     complete: int
     pruned: int
@@ -150,7 +153,7 @@ def _stored(study: optuna.Study, place: Place) -> StudyOverview:
     return StudyOverview(
         summary=summarize(
             study.study_name, spec, records, rows, scores=scores, uses=test_uses(study, place),
-            confirmed=confirmation(study, records, place),
+            reasons=test_reasons(study, place), confirmed=confirmation(study, records, place),
         ),
         spec=spec,
         records=tuple(records),
@@ -166,7 +169,8 @@ def _stored(study: optuna.Study, place: Place) -> StudyOverview:
 def summarize(
     name: str, spec: StudySpec, records: Sequence[TrialRecord], rows: Sequence[ReportRow], *,
     in_database: bool = True,
-    scores: Sequence[FinalScore] = (), uses: int = 0, confirmed: Confirmed | None = None,
+    scores: Sequence[FinalScore] = (), uses: int = 0, reasons: tuple[str, ...] = (),
+    confirmed: Confirmed | None = None,
 ) -> StudySummary:  # fmt: skip
     """The study on one line."""
     row = reference_row(spec)
@@ -195,6 +199,7 @@ def summarize(
         confirmed=confirmed,
         test=counted[0] if counted else None,
         test_uses=uses,
+        test_reasons=reasons,
         seeds=len({record.recipe.seed for record in records if record.recipe}),
         failed=sum(record.state == "failed" for record in records),
         devices=tuple(sorted({record.device for record in records if record.device})),

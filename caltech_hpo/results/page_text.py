@@ -122,6 +122,7 @@ def facts(study: StudyOverview) -> list[tuple[str, str]]:
         period = f"{study.began:%Y-%m-%d %H:%M}"
         period += f" to {study.ended:%Y-%m-%d %H:%M}" if study.ended else ", still running"
     scored = [f"{score_text(score)}, mean per class {score.mean_per_class:.3f}" for score in study.scores]
+    again = [f"again because: {reason}" for reason in made.test_reasons]
     return [
         ("trials", f"{made.complete} complete, {made.pruned} pruned, {made.failed} failed"),
         ("seeds", f"{count(made.seeds, 'seed')}; every trial is one training"),
@@ -129,7 +130,7 @@ def facts(study: StudyOverview) -> list[tuple[str, str]]:
         ("versions", ", ".join(study.versions) or NOTHING),
         ("time", f"{hours(made.training_hours)} of training; {period or 'no trial yet'}"),
         ("confirmed", confirmed_text(made.confirmed)),
-        ("test set", "; ".join([f"used {count(made.test_uses, 'time')}", *scored])),
+        ("test set", "; ".join([f"used {count(made.test_uses, 'time')}", *scored, *again])),
         ("importance", importance_text(study)),
     ]
 

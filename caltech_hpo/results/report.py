@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -48,7 +47,8 @@ class ReportRow(Frozen):
 class Report(Frozen):
     """A study's table; `best` is the trial number of the best complete trial.
 
-    `test_uses` counts the scorings on the test set; `test_reasons` says why later ones were made.
+    `curves_problem` says why the curves could not be drawn. `test_uses` counts the scorings on the test
+    set; `test_reasons` says why later ones were made.
     """
 
     study: str
@@ -56,6 +56,7 @@ class Report(Frozen):
     best: int | None
     finals: tuple[FinalResult, ...]
     curves: str | None
+    curves_problem: str = ""
     importance: Importance | None = None
     test_uses: int = 0
     test_reasons: tuple[str, ...] = ()
@@ -69,17 +70,20 @@ def make_report(name: str, place: Place) -> Report:
     scores, family = ledger.scores(place.storage, name), ledger.family_scores(place.storage, name)
     finals = tuple(score.result for score in scores)
     best = best_record(records)
-    curves = None
+    curves, problem = None, ""
     if any(record.epochs for record in records):
         path = place.home / "reports" / name / "curves.png"
-        with contextlib.suppress(OSError):  # a read-only home still has its table
+        try:
             curves = str(draw_study_curves(records, f"study {name}", path))
+        except OSError as error:  # a read-only home still has its table
+            problem = f"{path}: {error.strerror}"
     return Report(
         study=name,
         rows=report_rows(spec, records, scores),
         best=best.number if best else None,
         finals=finals,
         curves=curves,
+        curves_problem=problem,
         importance=importances(spec, records),
         test_uses=len(family),
         test_reasons=tuple(dict.fromkeys(score.reason for score in family if score.reason)),

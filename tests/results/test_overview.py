@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import optuna
@@ -16,7 +17,7 @@ from caltech_hpo.cli.overview import check_choice
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.charts import draw_charts
 from caltech_hpo.results.evidence import Confirmed, by_configuration
-from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult, old_row
+from caltech_hpo.results.ledger import FINAL_ATTR, FinalResult, old_row, record
 from caltech_hpo.results.overview import make_overview, page_order, reference_row
 from caltech_hpo.results.page import markdown_text, write_pages
 from caltech_hpo.results.page_text import confirmed_text
@@ -371,3 +372,12 @@ def test_one_study_or_all(arguments, words):
         check_choice(*arguments)
     check_choice("demo", False, None)
     check_choice(None, True, None)
+
+
+def test_why_the_test_set_was_used_again_stands_on_the_page(here, tmp_path):
+    copy = shutil.copytree(here, tmp_path / "home")
+    row = old_row("mine", final(1, 0.5), None).model_copy(update={"reason": "to *see* it", "test_list": "x"})
+    record(default_url(copy), row)
+    made = write_pages(make_overview(place_in(copy)), tmp_path / "out")
+    assert r"again because: to \*see\* it" in made.markdown.read_text(encoding="utf-8")
+    assert "again because: to *see* it" in made.html.read_text(encoding="utf-8")

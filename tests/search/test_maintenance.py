@@ -186,7 +186,13 @@ def test_a_read_only_home_can_be_read(home):
             done = run(*command, "--home", str(home), prefix=prefix)
             assert done.returncode == 0, (command, done.stderr)
             assert "demo" in done.stdout + done.stderr or "report" in done.stdout or "ok" in done.stdout
-        for command in (("search", "--study", "demo", "--trials", "9"), ("storage", "backup")):
+        assert (
+            "curves.png: Permission denied"
+            in run("report", "--study", "demo", "--home", str(home), prefix=prefix).stdout
+        )
+        for command in (
+            ("search", "--study", "demo", "--trials", "9"), ("storage", "backup"), ("report", "--all"),
+        ):  # fmt: skip
             done = run(*command, "--home", str(home), prefix=prefix)
             assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
             assert "fix:" in done.stderr
