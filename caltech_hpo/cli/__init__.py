@@ -38,7 +38,7 @@ def main() -> None:
             raise
         from caltech_hpo.search.urls import redact
 
-        reason = redact(str(error.__cause__ or error).splitlines()[0], os.environ.get("CALTECH_HPO_STORAGE"))
+        reason = redact(reason_of(error), os.environ.get("CALTECH_HPO_STORAGE"))
         fix = "check that the database answers and is undamaged; restore a backup if it is not"
         fail(f"the study database failed: {reason}\n  fix: {fix}", StorageError.exit_code)
 
@@ -47,6 +47,13 @@ def fail(message: str, code: int) -> None:
     """Prints the error and ends the process."""
     sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
+
+
+def reason_of(error: BaseException) -> str:
+    """What the database driver itself said, on one line; it names the file."""
+    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = inner
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def is_database_error(error: Exception) -> bool:

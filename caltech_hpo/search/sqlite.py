@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 
 # Before this version, write-ahead logging has a known bug that can corrupt a database.
 WAL_SAFE = (3, 51, 3)
@@ -21,6 +21,7 @@ def prepare_sqlite(engine: Engine) -> None:
     """
     event.listen(engine, "connect", _connected)
     event.listen(engine, "begin", _begun)
+    event.listen(engine, "handle_error", _failed)
     engine.dispose()  # connections from before
 
 
@@ -41,6 +42,13 @@ def _connected(connection: Any, _: Any) -> None:
 def _begun(connection: Connection) -> None:
     writes = connection.get_execution_options().get(WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _failed(context: ExceptionContext) -> None:
+    """SQLite's errors do not say of which file they speak."""
+    error, url = context.original_exception, context.engine.url if context.engine else None
+    if isinstance(error, sqlite3.Error) and url is not None and str(url.database) not in str(error):
+        error.args = (f"{url.database}: {error}",)
 
 
 def is_busy(error: BaseException) -> bool:

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 
+from caltech_hpo.cli import is_database_error, reason_of
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange
+from caltech_hpo.search import storage
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
@@ -97,6 +99,18 @@ def test_one_supervisor_a_study(tmp_path):
         holder.wait()
     with held(path, "search"):  # the system released it
         pass
+
+
+def test_an_error_of_sqlite_names_the_file(url, tmp_path, monkeypatch):
+    open_storage(url)
+    monkeypatch.setattr(storage, "BUSY_TIMEOUT", 0.1)
+    ours = open_storage(url)
+    with contextlib.closing(sqlite3.connect(tmp_path / "studies.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Exception) as raised:
+            ours.get_all_studies()
+    assert is_database_error(raised.value)
+    assert reason_of(raised.value) == f"{tmp_path}/studies.db: database is locked"
 
 
 def test_all_who_use_a_database_file_meet_at_its_lock(url, tmp_path):
