@@ -18,7 +18,7 @@ from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, ran
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, searched_data, seeded, training_failure
 from caltech_hpo.search.locks import study_lock
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
 from caltech_hpo.search.request import Place, Say, silent
@@ -231,10 +231,10 @@ def train_all(
             del running[event.job]
             yield TrainingEnded(one.training, _run(plan.study, one))
             remove_checkpoint(_checkpoint(plan, one.training.recipe))
-        elif isinstance(event, Died) and one.deaths + 1 < MOST_DEATHS:
+        elif isinstance(event, (Died, Paused)) and one.deaths + 1 < MOST_DEATHS:
             one.deaths += 1
             executor.submit(_job(plan, event.job, one))
-        elif isinstance(event, (Failed, Died)):
+        elif isinstance(event, (Failed, Died, Paused)):
             raise training_failure(event)
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import study_lock
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Working
+from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.search.running import MOST_DEATHS
@@ -76,7 +77,7 @@ def retrain(
     # Decoded now, so that what is wrong with a test image is found before the training and not after it.
     test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
     _check_leaks(plan, _leaks(plan, test, data), allow_leak, say)
-    checkpoint = plan.unfinished / "training.checkpoint"
+    checkpoint = _checkpoint(plan)
     if not (checkpoint.exists() or previous(checkpoint).exists()):
         shutil.rmtree(plan.unfinished, ignore_errors=True)
     keep, deaths, told = plan.unfinished / "model.safetensors", 0, 0
@@ -87,15 +88,19 @@ def retrain(
                 told += 1
                 yield event.result
                 executor.answer(event.job, True)
-            elif isinstance(event, Died) and (deaths := deaths + 1) < MOST_DEATHS:
+            elif isinstance(event, (Died, Paused)) and (deaths := deaths + 1) < MOST_DEATHS:
                 executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint, known=told))
-            elif isinstance(event, (Failed, Died)):
+            elif isinstance(event, (Failed, Died, Paused)):
                 raise training_failure(event)
             elif isinstance(event, Working) and progress:
                 progress(event.what, event.done, event.total)
     if not keep.exists():
         raise StorageError(f"{plan.unfinished}: no room for the weights", "make room, then run it again")
-    remove_checkpoint(checkpoint)
+
+
+def _checkpoint(plan: FinalPlan) -> Path:
+    """Kept until there is a score: whatever ends the scoring, the training is not repeated."""
+    return plan.unfinished / "training.checkpoint"
 
 
 def score(
@@ -131,6 +136,7 @@ def score(
 def finish(plan: FinalPlan) -> None:
     """Draws what the unfinished folder's metrics tell and moves the folder to its name."""
     folder = plan.unfinished
+    remove_checkpoint(_checkpoint(plan))
     document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     classes = json.loads((folder / "model.json").read_text(encoding="utf-8"))["classes"]
     epochs = [EpochResult.model_validate(epoch) for epoch in document["epochs"]]

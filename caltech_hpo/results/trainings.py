@@ -8,7 +8,7 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import CaltechHpoError, DataError
 from caltech_hpo.search.changes import DATA_ATTR, study_spec
-from caltech_hpo.search.messages import Died, Failed, WorkerBugError
+from caltech_hpo.search.messages import Died, Failed, Paused, WorkerBugError
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data
 from caltech_hpo.spec import Recipe
@@ -40,8 +40,10 @@ def searched_data(
     return index
 
 
-def training_failure(event: Failed | Died) -> Exception:
+def training_failure(event: Failed | Died | Paused) -> Exception:
     """What a training that did not finish raises: a bug is a bug, the rest is the user's to mend."""
+    if isinstance(event, Paused):
+        return CaltechHpoError("training failed: its worker was asked to end", "run the command again")
     if isinstance(event, Died):
         return CaltechHpoError(
             f"training failed: the worker died (exit code {event.exit_code})", "run the command again"

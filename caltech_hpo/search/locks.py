@@ -29,6 +29,7 @@ def lock_path(url: str, home: Path, name: str) -> Path:
     no locks of its own, in the home.
     """
     path = sqlite_path(url)
+    path = None if path is None else path.resolve()  # a link is the same database
     return (
         home / "locks" / f"{name}.lock"
         if path is None

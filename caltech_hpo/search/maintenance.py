@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import StorageError
 from caltech_hpo.search.locks import study_lock
-from caltech_hpo.search.records import trial_record
+from caltech_hpo.search.records import RECIPE_KEY, trial_record
 from caltech_hpo.search.storage import BUSY_TIMEOUT, check_sqlite, open_any_schema
 from caltech_hpo.search.urls import shown, sqlite_path
 
@@ -151,7 +151,11 @@ def _study_problems(storage: RDBStorage) -> tuple[int, list[str]]:
     """How many trials there are, and what cannot be read or does not fit together."""
     total, problems = 0, []
     for study in storage.get_all_studies():
-        trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        try:
+            trials = storage.get_all_trials(study._study_id, deepcopy=False)
+        except (ValueError, TypeError, KeyError) as error:
+            problems.append(f"study {study.study_name}: cannot be read: {str(error).splitlines()[0]}")
+            continue
         total += len(trials)
         if [trial.number for trial in trials] != list(range(len(trials))):
             problems.append(f"study {study.study_name}: its trials are not numbered from 0 without gaps")
@@ -163,6 +167,8 @@ def _study_problems(storage: RDBStorage) -> tuple[int, list[str]]:
 
 
 def _trial_problem(trial: FrozenTrial) -> str:
+    if RECIPE_KEY not in trial.system_attrs:
+        return ""  # another program's
     try:
         record = trial_record(trial)
     except (ValueError, TypeError, KeyError) as error:  # pydantic's errors are ValueErrors
@@ -198,9 +204,9 @@ def upgrade(url: str, home: Path, backups: Path, *, progress: Progress | None = 
             f"{shown(url)}: its schema {before} is newer than this Optuna's", "pip install --upgrade optuna"
         )
     with contextlib.ExitStack() as locks:
-        for name in _names(storage):
-            for kind in ("", "confirm-", "final-"):
-                locks.enter_context(study_lock(url, home, f"{kind}{name}", f"command on study '{name}'"))
+        names = sorted({f"{kind}{name}" for name in _names(storage) for kind in ("", "confirm-", "final-")})
+        for name in names:
+            locks.enter_context(study_lock(url, home, name, f"command on study '{name}'"))
         copy = None
         if sqlite_path(url) is not None:
             copy = backups / f"before-{newest}-{datetime.now(UTC):%Y%m%d-%H%M%S}.db"

@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 
 from caltech_hpo.errors import StorageError
 from caltech_hpo.search.locks import FIX, lock_number
-from caltech_hpo.search.urls import redact, shown
+from caltech_hpo.search.urls import no_driver, redact, shown
 
 # The server asks after a silent client, so that the lock of a machine that was switched off ends within
 # a minute and not after two hours; and it must not end a session because it waits.
@@ -37,7 +37,10 @@ class AdvisoryLock:
     def __init__(self, url: str, name: str, what: str) -> None:
         """Raises StorageError if another session holds it, or the server does not answer."""
         self._url, self._what, self._number = url, what, lock_number(name)
-        self._engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        try:
+            self._engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        except ImportError as error:
+            raise no_driver(url, error) from error
         self._connection: Connection | None = self._take()
 
     def check(self) -> None:

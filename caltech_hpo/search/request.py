@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from caltech_hpo.errors import SpecError, UsageError, WeightsError
+from caltech_hpo.search.urls import shown, sqlite_path
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_checks import describe
 from caltech_hpo.study_files import complete_params, load_study
@@ -60,7 +62,7 @@ class Place:
     @property
     def checkpoints(self) -> Path:
         """Where running trials stand."""
-        return (self.scratch or self.home) / "checkpoints"
+        return self._of_database("checkpoints")
 
     @property
     def datasets(self) -> Path:
@@ -71,6 +73,22 @@ class Place:
     def models(self) -> Path:
         """What `final` writes."""
         return self.home / "models"
+
+    @property
+    def best_weights(self) -> Path:
+        """The weights of each study's best trial."""
+        return self._of_database("models")
+
+    def _of_database(self, kind: str) -> Path:
+        """A folder for what is kept by study names alone: beside the database, as its locks are.
+
+        Two databases with a study of the same name have two of them.
+        """
+        path = sqlite_path(self.storage)
+        if path is None:
+            own = hashlib.sha256(shown(self.storage).encode()).hexdigest()[:8]
+            return self.home / f"{kind}-{own}"
+        return path.absolute().parent / (kind if path.name == "studies.db" else f"{path.name}-{kind}")
 
 
 @dataclass(frozen=True)

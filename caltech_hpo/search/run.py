@@ -113,6 +113,7 @@ def _run(
     from caltech_hpo.search.planning import binding_of, forecaster_for
     from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.space import most_demanding
+    from caltech_hpo.search.sqlite import use_safe_journal
     from caltech_hpo.search.supervisor import Supervisor
     from caltech_hpo.search.write_through import hold
 
@@ -121,6 +122,7 @@ def _run(
         skip_unreadable=request.skip_unreadable, subset=request.subset, progress=progress,
     )  # fmt: skip
     storage = open_storage(place.storage)
+    use_safe_journal(storage.engine)
     workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
     with open_executor(
@@ -128,6 +130,7 @@ def _run(
         data,
         device=request.device,
         workers=workers,
+        share=request.workers,
         features=place.features,
         memory=request.memory,
     ) as executor:
@@ -144,7 +147,7 @@ def _run(
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines,
             pruning=request.pruning, checkpoints=place.checkpoints / request.study,
-            models=place.models if place.scratch is None else None,
+            models=place.best_weights,
             trial_seconds=None if request.trial_minutes is None else request.trial_minutes * 60,
         )  # fmt: skip
         seconds = None if request.timeout_minutes is None else request.timeout_minutes * 60
@@ -175,14 +178,20 @@ def open_executor(
     *,
     device: str,
     workers: int = 1,
+    share: int | None = None,
     features: Path | None = None,
     memory: int | None = None,
 ) -> Iterator[ProcessExecutor]:
-    """Local worker processes, sharing the CPU's cores evenly; ended on leaving."""
+    """Local worker processes; ended on leaving.
+
+    Each has the cores of one of `share` (None: of `workers`): a trial that goes on when there are fewer
+    workers computes with as many threads as before, or its sums would be rounded otherwise.
+    """
     from caltech_hpo.search.executors import ProcessExecutor
     from caltech_hpo.search.messages import WorkerConfig
 
-    threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
+    share = share or workers
+    threads = max(1, (os.cpu_count() or 1) // share) if share > 1 else None
     config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
     executor = ProcessExecutor(config, workers)
     try:

@@ -85,11 +85,12 @@ def written(storage: WriteThroughStorage, stop: Callable[[], bool]) -> Iterator[
 def kill_hung(running: dict[int, Running], executor: Executor, slowest: float) -> None:
     """Kills workers that have been silent for ten epochs; their trials go on in others, at most twice.
 
-    An epoch is the trial's median one; before its first, the `slowest` of the study.
+    An epoch is the trial's median one; before its first, the `slowest` of the study. While none is known
+    nothing counts as hung: a first epoch may take hours.
     """
     for number, one in running.items():
         usual = statistics.median([r.seconds for r in one.results]) if one.results else slowest
-        if time.monotonic() - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
+        if usual and time.monotonic() - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
             one.heard = time.monotonic()
             executor.kill(number)
 

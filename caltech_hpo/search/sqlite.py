@@ -30,13 +30,20 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{WRITES: True})
 
 
-def _connected(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # sqlite3 begins nothing by itself
+def use_safe_journal(engine: Engine) -> None:
+    """Write-ahead logging where SQLite has it without the bug, else the rollback journal. It stays."""
+    if engine.dialect.name != "sqlite":
+        return
     wanted = "wal" if sqlite3.sqlite_version_info >= WAL_SAFE else "delete"
-    with contextlib.suppress(sqlite3.OperationalError):  # read-only, or others are using it
+    connection: Any = engine.raw_connection()
+    with contextlib.closing(connection), contextlib.suppress(sqlite3.OperationalError):  # others use it
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
         if mode != wanted:
             connection.execute(f"PRAGMA journal_mode={wanted}")
+
+
+def _connected(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # sqlite3 begins nothing by itself
 
 
 def _begun(connection: Connection) -> None:

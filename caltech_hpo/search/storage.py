@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR, SPEC_HASH_ATTR, check_unchanged
-from caltech_hpo.search.urls import redact, shown, sqlite_path
+from caltech_hpo.search.urls import no_driver, redact, shown, sqlite_path
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
 
@@ -80,10 +80,7 @@ def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.stor
             else "pip install --upgrade optuna",
         ) from error
     except ImportError as error:
-        raise StorageError(
-            f"{shown(url)}: {error}",
-            "install the database's driver: pip install 'caltech-hpo[postgresql]' for PostgreSQL",
-        ) from error
+        raise no_driver(url, error) from error
 
 
 def open_any_schema(url: str) -> optuna.storages.RDBStorage:
@@ -130,6 +127,9 @@ def check_sqlite(path: Path) -> bool:
             tables = {
                 row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
             }
+            # Optuna's last step: a database that has it is whole, though an older one has fewer tables.
+            rows = connection.execute("SELECT 1 FROM version_info") if "version_info" in tables else []
+            versioned = bool(list(rows))
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             raise StorageError(f"{path}: cannot be opened: {error}", "check its permissions") from error
@@ -146,7 +146,7 @@ def check_sqlite(path: Path) -> bool:
         raise StorageError(
             f"{path}: belongs to another program (it has no studies table)", "give another --storage"
         )
-    return tables >= OPTUNAS_TABLES
+    return tables >= OPTUNAS_TABLES or versioned
 
 
 def find_study(storage: optuna.storages.RDBStorage | None, name: str) -> optuna.Study | None:

@@ -37,7 +37,7 @@ from caltech_hpo.search.running import (
     written,
 )
 from caltech_hpo.search.space import Binding, recipe_for, suggest
-from caltech_hpo.search.trial_files import TrialFiles
+from caltech_hpo.search.trial_files import NONE_BETTER, TrialFiles
 from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, StudySpec
 
@@ -68,12 +68,14 @@ class Supervisor:
         self._running: dict[int, Running] = {}
         self._orphans: list[int] = []
         self._failures = 0
-        self._slowest = 0.0  # epoch, in seconds
         trials = study.get_trials(deepcopy=False)
+        seconds = [epoch.seconds for trial in trials for epoch in trial_record(trial).epochs]
+        self._slowest = max(seconds, default=0.0)  # epoch
         self._finished = sum(trial.state in FINISHED for trial in trials)
         self._rows = HandTunedRows(spec, trials, wanted=baselines)
-        values = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value]
-        self._files = TrialFiles(study.study_name, checkpoints, models, max(values, default=-1.0))
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        best = max(((trial.value or 0.0, -trial.number) for trial in complete), default=NONE_BETTER)
+        self._files = TrialFiles(study.study_name, checkpoints, models, best)
 
     def run(
         self, trials: int, *, seconds: float | None = None, stop: Callable[[], bool] = never
@@ -180,6 +182,7 @@ class Supervisor:
             yield self._failed(running, event)
         elif isinstance(event, Paused):
             del self._running[event.job]
+            self._orphans.append(event.job)  # where only its worker was asked to end, it goes on
             yield TrialPaused(event.job)
         else:
             yield self._ended(running)
@@ -210,7 +213,9 @@ class Supervisor:
         return ended
 
     def _died(self, running: Running, event: Died) -> SearchEvent:
-        """The same trial goes on in a new worker, unless it has cost three."""
+        """The same trial goes on in a new worker, unless it was to end anyway or has cost three."""
+        if running.stop_reason:
+            return self._ended(running)
         number = running.trial.number
         attributes = self._storage.get_trial(self._trial_id(number)).system_attrs
         deaths = attributes.get(DEATHS_KEY, 0) + 1

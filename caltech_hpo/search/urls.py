@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote
 
 from caltech_hpo.errors import StorageError, UsageError
 
@@ -34,7 +34,10 @@ def parse_url(url: str) -> URL:
             "write an '@' of the user or the password as %40",
         )
     try:
-        return make_url(url)
+        parsed = make_url(url)
+        if server and "@" in (parsed.host or ""):
+            raise ValueError("an unescaped '@'")
+        return parsed
     except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise StorageError(
             "--storage (or CALTECH_HPO_STORAGE) is not a database URL",
@@ -82,14 +85,21 @@ def redact(text: str, url: str | None) -> str:
     return text
 
 
+def no_driver(url: str, error: ImportError) -> StorageError:
+    """What to raise where the package that speaks to a database server is missing."""
+    fix = "install the database's driver: pip install 'caltech-hpo[postgresql]' for PostgreSQL"
+    return StorageError(f"{shown(url)}: {error}", fix)
+
+
 def refuse_password(url: str) -> None:
     """Raises UsageError for a command line's URL with a password: every user of the machine can read it."""
     server = SERVER.fullmatch(url)
     if server is None:
         return
-    address, _, options = server["rest"].partition("?")
-    named = any(option.partition("=")[0].lower() in SECRETS for option in re.split("[&;]", options))
-    if named or ":" in address.rpartition("@")[0]:
+    options = server["rest"].partition("?")[2]
+    named = any(unquote(option.partition("=")[0]).lower() in SECRETS for option in re.split("[&;?]", options))
+    # The whole of it: a password may hold a question mark.
+    if named or ":" in server["rest"].rpartition("@")[0]:
         raise UsageError(
             "--storage: a password on the command line can be read by everybody on this machine (ps)",
             "put the URL into the environment variable CALTECH_HPO_STORAGE, or the password into "

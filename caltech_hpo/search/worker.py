@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import signal
 import time
@@ -46,7 +45,13 @@ from caltech_hpo.training.device import (
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import never, train
-from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share, peak_memory
+from caltech_hpo.training.memory import (
+    MicroBatches,
+    in_pieces_of,
+    is_out_of_memory,
+    memory_share,
+    peak_memory,
+)
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import TrainingState, begin, capture, changing, restore
@@ -119,8 +124,9 @@ def run_job(
         full = is_out_of_memory(error)
         message = str(error) if full else traceback.format_exc()
         yield Failed(job.number, "out of memory" if full else "bug", message)
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
+    finally:  # the generator is closed at its last event
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _epochs(
@@ -132,6 +138,7 @@ def _epochs(
         state.best = BestWeights(job.above) if job.keep else None
         found = load_checkpoint(job.checkpoint) if job.checkpoint else None
         if found is not None and _fits(job, found[1]):
+            prepared = in_pieces_of(prepared, job.recipe, found[1]["micro_batch"])
             restore(state, job.recipe, prepared, *found)
         before = list(state.results)
         results = train(job.recipe, prepared, state, interrupted=interrupted)
@@ -203,13 +210,11 @@ def _captured(job: Job, prepared: Prepared, state: TrainingState) -> Callable[[]
 
 
 def _written(job: Job, path: Path, what: str, write: Callable[[], None]) -> Iterator[Working]:
-    """Writes a file; where there is no room for it says so, what was there stays, and the job goes on."""
+    """Writes a file; where that fails (no room, mostly) says so; what was there stays, the job goes on."""
     try:
         write()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        yield Working(job.number, f"{path.parent}: no room for {what}", 0, 1)
+        yield Working(job.number, f"{path.parent}: {error.strerror or error}: {what} is not written", 0, 1)
 
 
 def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:

@@ -26,7 +26,10 @@ class BestWeights:
         score = result.validation_top1
         if last if score is None else score > self.score:
             self.score = self.score if score is None else score
-            self.tensors = {name: value.detach().clone() for name, value in changing.items()}
+            for name, value in changing.items():
+                kept = self.tensors.get(name)
+                # in place: another copy of all of them would be needed otherwise
+                self.tensors[name] = value.detach().clone() if kept is None else kept.copy_(value.detach())
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Writes the model's state dictionary with the best epoch's values."""

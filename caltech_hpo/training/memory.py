@@ -84,11 +84,11 @@ def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
 def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
     """What a training keeps of its weights beside them: gradients, optimizer state, averages, bf16 copies.
 
-    One more copy of what learns is for the optimizer's step.
+    One more copy of what learns is for the optimizer's step, and one is the best epoch's.
     """
     learning = sum(p.numel() * p.element_size() for p in prepared.model.parameters() if p.requires_grad)
     every = sum(p.numel() * p.element_size() for p in prepared.runs.parameters())
-    copies = 4 if recipe.optimizer == "adamw" else 3
+    copies = 5 if recipe.optimizer == "adamw" else 4
     total = copies * learning + (2 * learning if recipe.ema else 0)
     return total + (every // 2 if resolve_precision(recipe.precision, prepared.device) == "bf16" else 0)
 
@@ -224,3 +224,14 @@ def with_micro_batch(prepared: Prepared, recipe: Recipe, images: int) -> Prepare
         micro_batch=images,
         validation=None if validation is None else validation.in_batches_of(images),
     )
+
+
+def in_pieces_of(prepared: Prepared, recipe: Recipe, micro_batch: int | None) -> Prepared:
+    """The training in pieces of `micro_batch` images, if they fit: sums go on as they were added up before.
+
+    None is a whole batch.
+    """
+    fits = prepared.micro_batch
+    if micro_batch is None or (fits is not None and fits <= micro_batch):
+        return prepared
+    return with_micro_batch(prepared, recipe, micro_batch)

@@ -103,6 +103,7 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
         "seconds": state.seconds, "learning_rate": state.learning_rate,
         "average_steps": average.steps if average else 0,
         "best_score": state.best.score if state.best else None,
+        "micro_batch": prepared.micro_batch,
         "optimizer": {"groups": groups["param_groups"], "plain": plain},
         "results": [json.loads(result.model_dump_json()) for result in state.results],
     }  # fmt: skip
@@ -131,6 +132,7 @@ def restore(
             _, index, key = name.split(".", 2)
             states.setdefault(int(index), {})[key] = value
     state.optimizer.load_state_dict({"state": states, "param_groups": document["optimizer"]["groups"]})
+    _lay_out(state.optimizer)
     if state.average:
         state.average.load(
             [tensors[f"average.{number}"] for number in range(len(state.average.averages))],
@@ -149,6 +151,14 @@ def restore(
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and prepared.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], prepared.device)
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lays the optimizer's tensors out as their parameters are: the fused steps on a GPU refuse others."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:

@@ -157,7 +157,9 @@ def test_passwords_show_nowhere(server, tmp_path):
     wrong = server.url.replace("geheim", "geheimer")
     unescaped = server.url.replace("%40", "@")
     asked = server.url.replace(f":{ESCAPED}@", "@") + f"?password={ESCAPED}"
+    odd = server.url.replace(ESCAPED, "geheim?b@wort")
     for url, code in (
+        (odd, 4),
         (server.url, 0),
         (asked, 0),
         (wrong, 4),

@@ -16,8 +16,9 @@ from caltech_hpo.ranges import Choices, FloatRange
 from caltech_hpo.search import storage
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
+from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
-from caltech_hpo.search.urls import default_url, shown
+from caltech_hpo.search.urls import default_url, refuse_password, shown
 from caltech_hpo.spec import FIRST_FIELDS, Recipe, digest
 from caltech_hpo.study_files import load_study
 
@@ -82,6 +83,39 @@ def test_a_url_that_cannot_be_opened(bad):
 def test_passwords_are_hidden(tmp_path):
     assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert shown(default_url(tmp_path)) == str(tmp_path / "studies.db")
+
+
+@pytest.mark.parametrize(
+    "bad", ["me:pa?ss@host/db", "me:pa@host/db", "me@host/db?password=pa", "me@host/db?x=1&pass%77ord=pa"]
+)
+def test_passwords_on_the_command_line_are_refused(bad):
+    with pytest.raises(UsageError, match="CALTECH_HPO_STORAGE") as refused:
+        refuse_password(f"postgresql://{bad}")
+    assert "pa?ss" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "good", ["postgresql://me@host:5432/db", "postgresql:///db?host=/run", "sqlite:////a:b@c/d"]
+)
+def test_urls_without_a_password_are_not(good):
+    refuse_password(good)
+
+
+def test_a_link_to_a_database_has_its_lock(url, tmp_path):
+    open_storage(url)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link.db").symlink_to(tmp_path / "studies.db")
+    link = f"sqlite:///{tmp_path}/elsewhere/link.db"
+    assert lock_path(link, tmp_path, "demo") == lock_path(url, tmp_path, "demo")
+
+
+def test_databases_do_not_share_what_is_kept_by_study_name(tmp_path):
+    urls = [default_url(tmp_path), f"sqlite:///{tmp_path}/b.db", "postgresql://u:a@h/d", "postgresql://h/e"]
+    places = [Place(tmp_path, url) for url in urls]
+    for folders in ({place.checkpoints for place in places}, {place.best_weights for place in places}):
+        assert len(folders) == 4
+    assert places[0].checkpoints == tmp_path / "checkpoints" and places[0].best_weights == places[0].models
+    assert Place(tmp_path, urls[2].replace(":a@", ":b@")).checkpoints == places[2].checkpoints
 
 
 def test_one_supervisor_a_study(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -21,6 +22,7 @@ from caltech_hpo.search.events import (
 )
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Paused, Ready, WorkerBugError
 from caltech_hpo.search.records import best_record, finished_count, trial_records
+from caltech_hpo.search.running import kill_hung
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
@@ -445,11 +447,38 @@ class Silent(Scripted):
 
 def test_a_silent_worker_is_killed_and_its_trial_goes_on(storage, monkeypatch):
     monkeypatch.setattr(running, "HUNG_AT_LEAST", 0.01)
+    monkeypatch.setattr(running, "HUNG_EPOCHS", 0.001)
+    supervise(storage, Scripted(), 1)  # an earlier search, from which an epoch's time is known
     executor = Silent(bursts=False)
     executor.killed = set()
-    study, events = supervise(storage, executor, 1)
-    assert study.trials[0].state == TrialState.COMPLETE and len(study.trials) == 1
+    study, events = supervise(storage, executor, 2)
+    assert study.trials[1].state == TrialState.COMPLETE and len(study.trials) == 2
     assert sum(isinstance(event, TrialResumed) for event in events) == 2
+
+
+def test_while_no_epochs_time_is_known_no_worker_counts_as_hung(monkeypatch):
+    monkeypatch.setattr(running, "HUNG_AT_LEAST", 0.0)
+    silent = SimpleNamespace(results=[], heard=0.0)
+    executor = Silent(bursts=False)
+    executor.killed = set()
+    kill_hung({0: silent}, executor, slowest=0.0)
+    assert executor.killed == set()
+    kill_hung({0: silent}, executor, slowest=0.001)
+    assert executor.killed == {0}
+
+
+def test_a_worker_that_was_asked_to_end_leaves_its_trial_to_another(storage):
+    class Ending(Scripted):
+        def next_event(self, seconds=None):
+            number = next(iter(self.events))
+            if len(self.jobs) == 1:
+                del self.events[number]
+                return Paused(number)
+            return super().next_event(seconds)
+
+    study, events = supervise(storage, Ending(bursts=False), 2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert [event.number for event in events if isinstance(event, TrialResumed)] == [0]
 
 
 def test_without_room_the_search_waits_and_says_so_once(storage, monkeypatch):
