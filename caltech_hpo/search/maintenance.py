@@ -134,9 +134,11 @@ def examine(url: str) -> Examined:
     """
     path = sqlite_path(url)
     if path is not None:
-        problems = _sqlite_problems(_file(url, "check"))
+        length = path.stat().st_size if path.is_file() else 0
+        problems = _sqlite_problems(path) if length else []
         if problems:
-            return Examined("", "", 0, 0, path.stat().st_size, tuple(problems))
+            return Examined("", "", 0, 0, length, tuple(problems))
+        _file(url, "check")
     storage = open_any_schema(url)
     current, newest = storage.get_current_version(), storage.get_head_version()
     size = None if path is None else path.stat().st_size
