@@ -100,7 +100,7 @@ def test_bf16_features_are_kept_as_they_are(data, tmp_path):
 def test_the_saved_model_is_whole(data, tmp_path):
     made = recipe()
     ready, epochs, _ = run(made, data, tmp_path / "features")
-    save_weights(ready.model, tmp_path / "model.safetensors")
+    save_weights(ready.model.state_dict(), tmp_path / "model.safetensors")
     again = model_for(made, CPU)
     load_weights(again, tmp_path / "model.safetensors")
     scores = evaluate(again, ImageSource(data[1].images, plan_for(made, CPU)), CPU, "fp32")

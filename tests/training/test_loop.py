@@ -95,7 +95,7 @@ def test_frozen_parts_do_not_move(data, freeze):
 def test_evaluation_agrees_with_its_predictions_and_survives_a_file(data, tmp_path):
     made = recipe(epochs=2)
     model, epochs = run(made, data)
-    save_weights(model, tmp_path / "deep" / "model.safetensors")
+    save_weights(model.state_dict(), tmp_path / "deep" / "model.safetensors")
     again = model_for(recipe(seed=5), CPU)
     load_weights(again, tmp_path / "deep" / "model.safetensors")
     scores = evaluate(again, ImageSource(data[1], plan_for(made, CPU)), CPU, "fp32")
