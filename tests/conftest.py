@@ -23,9 +23,14 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=60, help="kills of the storm (pytest -m storm)")
 
 
+# Files that take a minute and more come first: one that comes last keeps one core waiting.
+LONG = ("e2e", "faults", "test_bench", "test_transfer_rows", "test_executors", "test_maintenance")
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
+    items.sort(key=lambda item: not any(name in item.path.as_posix() for name in LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
