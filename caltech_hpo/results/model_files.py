@@ -32,10 +32,15 @@ def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
+    """Writes the document as `write_text` does."""
+    write_text(path, json.dumps(document, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes the file whole: temporary file, sync, rename."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

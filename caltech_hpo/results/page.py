@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from markupsafe import Markup
 from caltech_hpo import __version__
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.results.charts import Chart, draw_charts
+from caltech_hpo.results.model_files import write_text
 from caltech_hpo.results.overview import Overview, StudyOverview
 from caltech_hpo.results.page_text import NOTES, Table, facts, row_table, summary_table
 from caltech_hpo.results.plots import draw_study_curves
@@ -61,8 +61,8 @@ def write_pages(made: Overview, folder: Path, progress: Progress | None = None) 
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
     }  # fmt: skip
     pages = Pages(folder / "report.md", folder / "report.html")
-    _write(pages.markdown, _environment(folder, html=False).get_template("report.md.j2").render(values))
-    _write(pages.html, _environment(folder, html=True).get_template("report.html.j2").render(values))
+    write_text(pages.markdown, _environment(folder, html=False).get_template("report.md.j2").render(values))
+    write_text(pages.html, _environment(folder, html=True).get_template("report.html.j2").render(values))
     return pages
 
 
@@ -114,13 +114,3 @@ def anchor(name: str) -> str:
 def data_uri(path: Path) -> str:
     """A PNG file as a URI that holds it."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes the file whole: temporary file, sync, rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from caltech_hpo.search.events import NoRoom, TrialEnded
 from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.messages import Ready
 from caltech_hpo.search.pruning import divergence, lags
-from caltech_hpo.search.records import BASELINE_ATTR
+from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY
 from caltech_hpo.search.write_through import WriteThroughStorage
 from caltech_hpo.spec import EpochResult, PrunerSpec, Recipe, StudySpec
 
@@ -80,6 +80,14 @@ def written(storage: WriteThroughStorage, stop: Callable[[], bool]) -> Iterator[
                 yield NoRoom(error.message)
             said = True
             time.sleep(ROOM_EVERY)
+
+
+def slowest_epoch(trials: Iterable[optuna.trial.FrozenTrial]) -> float:
+    """The seconds of the longest epoch of stored trials, 0 without one."""
+    attributes = (trial.system_attrs for trial in trials)
+    # Read as they are stored: whole records would be checked for this one figure.
+    seconds = (one[key]["seconds"] for one in attributes for key in one if key.startswith(EPOCH_KEY))
+    return max(seconds, default=0.0)
 
 
 def kill_hung(running: dict[int, Running], executor: Executor, slowest: float) -> None:

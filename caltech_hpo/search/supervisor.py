@@ -32,6 +32,7 @@ from caltech_hpo.search.running import (
     Running,
     give_back,
     kill_hung,
+    slowest_epoch,
     tell,
     verdict,
     written,
@@ -69,8 +70,7 @@ class Supervisor:
         self._orphans: list[int] = []
         self._failures = 0
         trials = study.get_trials(deepcopy=False)
-        seconds = [epoch.seconds for trial in trials for epoch in trial_record(trial).epochs]
-        self._slowest = max(seconds, default=0.0)  # epoch
+        self._slowest = slowest_epoch(trials)
         self._finished = sum(trial.state in FINISHED for trial in trials)
         self._rows = HandTunedRows(spec, trials, wanted=baselines)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
