@@ -200,11 +200,15 @@ class Baseline(Frozen):
 
 
 class StudySpec(Frozen):
-    """A study file, resolved: fixed values, search space, sampler, pruner, baselines."""
+    """A study file, resolved: fixed values, search space, sampler, pruner, baselines.
+
+    `folder` is where the images of data = "folder" are; what they are is the fingerprint's to say.
+    """
 
     name: str
     about: str = ""
     data: Literal["caltech101", "demo", "folder"] = "caltech101"
+    folder: str = ""
     recipe: Hyperparameters
     space: dict[str, Dimension]
     sampler: SamplerSpec = SamplerSpec()
@@ -213,8 +217,8 @@ class StudySpec(Frozen):
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits over everything that decides a trial (not the name or the comment)."""
-        document = self.model_dump(mode="json", exclude={"name", "about"})
+        """16 hexadecimal digits over everything that decides a trial (not names, comment, or folder)."""
+        document = self.model_dump(mode="json", exclude={"name", "about", "folder"})
         document["recipe"] = without_later_defaults(document["recipe"])
         if self.pruner.compare_at == "epoch":  # studies made before the field keep their hash
             del document["pruner"]["compare_at"]

@@ -41,6 +41,45 @@ def combination_problems(recipe: Hyperparameters, space: dict[str, Dimension]) -
     return problems[:3]
 
 
+def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list[str]:
+    """Fields that are searched, or not left at their default, and that no trial of the space uses.
+
+    One line each, naming the key and why; nothing in a line keeps a study from running.
+    """
+
+    def values(name: str) -> set[Any]:
+        dimension = space.get(name)
+        if dimension is None:
+            return {getattr(recipe, name)}
+        return set(dimension.choices) if isinstance(dimension, Choices) else {dimension.low, dimension.high}
+
+    def set_to_something(name: str) -> bool:
+        return name in space or getattr(recipe, name) != Hyperparameters.model_fields[name].default
+
+    steps, resized = "step" in values("schedule"), any("resized" in name for name in values("augmentation"))
+    all_frozen = values("freeze") == {"features"}
+    rules = [
+        ("step_size", steps, 'the schedule is never "step"'),
+        ("gamma", steps, 'the schedule is never "step"'),
+        ("nesterov", "sgd" in values("optimizer"), 'the optimizer is never "sgd"'),
+        ("smallest_area", resized, "the augmentation is never a random resized crop"),
+        ("frozen_blocks", not all_frozen, 'freeze = "features" freezes all blocks'),
+    ]
+    found = [
+        f"{'space' if name in space else 'recipe'}.{name} has no effect: {why}"
+        for name, used, why in rules
+        if not used and set_to_something(name)
+    ]
+    if recipe.weights == "none":
+        frozen = {"freeze": "features" in values("freeze"), "frozen_blocks": values("frozen_blocks") != {0}}
+        found += [
+            f'{"space" if name in space else "recipe"}.{name} freezes random weights: weights = "none"'
+            for name, freezes in frozen.items()
+            if freezes
+        ]
+    return found
+
+
 def model_of(kind: type[Model], table: Any, key: str, problems: list[str]) -> Model | None:
     """Validates one table; on failure adds "key.field: what" lines and returns None."""
     if not isinstance(table, dict):

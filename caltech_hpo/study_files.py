@@ -20,7 +20,7 @@ from caltech_hpo.spec import (
 from caltech_hpo.study_checks import combination_problems, model_of, recipe_table, space_of
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
-SECTIONS = ("data", "recipe", "space", "sampler", "pruner", "baselines")
+SECTIONS = ("data", "folder", "recipe", "space", "sampler", "pruner", "baselines")
 
 
 def study_folders() -> list[Path]:
@@ -97,6 +97,9 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
     data = document.get("data", "caltech101")
     if data not in ("caltech101", "demo", "folder"):
         problems.append(f"data: {data!r} is not one of caltech101, demo, folder")
+    folder = document.get("folder", "")
+    if not isinstance(folder, str) or (folder and data != "folder"):
+        problems.append('folder: is the path of the images of data = "folder"')
     recipe = model_of(Hyperparameters, recipe_table(document.get("recipe")), "recipe", problems)
     space = space_of(document.get("space", {}), problems)
     sampler = model_of(SamplerSpec, document.get("sampler", {}), "sampler", problems)
@@ -112,8 +115,8 @@ def parse_study(document: dict[str, Any], *, name: str, about: str = "", source:
         raise SpecError(f"{source}: {len(problems)} error(s):\n{lines}", "mend these keys in the file")
     assert recipe and sampler and pruner  # each is None only with a problem
     return StudySpec(
-        name=name, about=about, data=data, recipe=recipe, space=space, sampler=sampler, pruner=pruner,
-        baselines=tuple(baselines),
+        name=name, about=about, data=data, folder=folder, recipe=recipe, space=space, sampler=sampler,
+        pruner=pruner, baselines=tuple(baselines),
     )  # fmt: skip
 
 

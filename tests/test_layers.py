@@ -36,6 +36,8 @@ def room(path: Path) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_imports_only_from_rooms_before_it(path):
     allowed = set(ROOMS[: ROOMS.index(room(path)) + 1]) if room(path) else set()
+    if path == PACKAGE / "__init__.py":  # what the package offers, imported when it is used
+        allowed = {"results"}
     for module in imports(path):
         parts = module.split(".")
         if parts[0] == "caltech_hpo" and len(parts) > 1 and parts[1] in ROOMS:

@@ -14,6 +14,7 @@ from caltech_hpo.errors import SpecError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange, IntRange
 from caltech_hpo.search.request import with_own_sizes
 from caltech_hpo.spec import Hyperparameters, Recipe
+from caltech_hpo.study_checks import without_effect
 from caltech_hpo.study_files import complete_params, load_study, parse_study, read_study, study_files
 
 BUILT_IN = {
@@ -46,6 +47,7 @@ def parse(text: str):
 def test_built_in_studies_load_and_say_how_to_run_them(name):
     spec = load_study(name)
     assert f"caltech-hpo search --study {name}" in spec.about
+    assert not without_effect(spec.recipe, spec.space)
     for row in spec.baselines:
         params = complete_params(spec, row.params)
         assert all(spec.space[key].contains(value) for key, value in params.items())
@@ -223,6 +225,27 @@ def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
     (tmp_path / "mine.toml").write_text(MINIMAL + space)
     with pytest.raises(SpecError, match=word):
         read_study(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "searched", "found"),
+    [
+        ({}, {}, []),
+        ({"step_size": 5}, {"schedule": ("step", "cosine")}, []),
+        ({"schedule": "cosine", "step_size": 5}, {"gamma": (0.1, 0.5)}, ["recipe.step_size", "space.gamma"]),
+        ({"optimizer": "adamw", "nesterov": True}, {}, ["recipe.nesterov"]),
+        ({"nesterov": True}, {"optimizer": ("sgd", "adamw")}, []),
+        ({"smallest_area": 0.5}, {"augmentation": ("center_crop", "random_crop")}, ["recipe.smallest_area"]),
+        ({"smallest_area": 0.5}, {"augmentation": ("center_crop", "random_resized_crop")}, []),
+        ({"weights": "imagenet", "freeze": "features", "frozen_blocks": 2}, {}, ["recipe.frozen_blocks"]),
+        ({"freeze": "features"}, {}, ["recipe.freeze"]),
+        ({}, {"frozen_blocks": (0, 2)}, ["space.frozen_blocks"]),
+    ],
+)
+def test_what_no_trial_would_use_is_named(fixed, searched, found):
+    recipe = Hyperparameters(architecture="alexnet", **fixed)
+    space = {name: Choices(choices=choices) for name, choices in searched.items()}
+    assert [line.split(" ")[0] for line in without_effect(recipe, space)] == found
 
 
 def test_sizes_that_do_not_fit_timms_own_are_refused(tmp_path):

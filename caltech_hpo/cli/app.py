@@ -9,12 +9,15 @@ from caltech_hpo.cli import (
     bench_commands,
     confirm_commands,
     dashboard_commands,
+    init_commands,
     inspect_commands,
     plan_commands,
+    queue_commands,
     replay_commands,
     result_commands,
     search_commands,
     storage_commands,
+    use_commands,
 )
 
 app = typer.Typer(
@@ -23,8 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 for commands in (
-    plan_commands, search_commands, confirm_commands, result_commands, dashboard_commands, replay_commands,
-    bench_commands, inspect_commands, storage_commands,
+    init_commands, plan_commands, search_commands, confirm_commands, result_commands, dashboard_commands,
+    replay_commands, use_commands, queue_commands, bench_commands, inspect_commands, storage_commands,
 ):  # fmt: skip
     commands.register(app)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import asdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caltech_hpo.cli.bench_tables import overhead_table, speed_table
+from caltech_hpo.cli.bench_tables import overhead_table, reports_table, speed_table
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
     Device,
     Home,
     Json,
+    Storage,
     answer,
     goes_on,
     place_of,
@@ -35,6 +37,16 @@ MODELS = ("alexnet", "resnet18", "vgg16")
 STUDY, TRIALS = "alexnet-scratch", 40
 ON_A_GPU = "1,2,4"
 STUDY_SECONDS = 45.0
+
+
+LEAST_SECONDS = 10.0  # of --reporters
+
+
+class SamplerChoice(StrEnum):
+    """For --sampler."""
+
+    tpe = "tpe"
+    random = "random"
 
 
 def register(app: typer.Typer) -> None:
@@ -70,19 +82,34 @@ def bench(
         bool, typer.Option("--search", help="Measure what searching costs beside training, instead.")
     ] = False,
     trials: Annotated[int, typer.Option(min=1, help="Of --search.")] = 1000,
+    reporters: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Instead: a search by so many simulated workers that report once a second.",
+            show_default="none",
+        ),
+    ] = None,
+    sampler: Annotated[SamplerChoice, typer.Option(help="Of --reporters.")] = SamplerChoice.tpe,
     home: Home = DEFAULT_HOME,
+    storage: Storage = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Measure training and evaluation: the stock way, ours, and the floor, in images per second.
 
     Stock: JPEG files in a DataLoader of 4 workers, fp32, NCHW. The floor: our step on one batch, again and
-    again. Nothing is kept but the decoded images.
+    again. Nothing is kept but the decoded images. --reporters writes a study into the database of
+    --storage where that is a server's, and deletes it; else into a SQLite file of its own.
 
     Example: caltech-hpo bench --model alexnet --seconds 10
     """
-    place = place_of(home, None, data)
+    place = place_of(home, storage, data)
     with goes_on(), progress_bars() as bars:
+        if reporters is not None:
+            held = run_reporters(place, reporters, max(seconds, LEAST_SECONDS), sampler.value, bars)
+            answer(asdict(held), as_json, reports_table(held))
+            return
         if search:
             measured = run_overhead(place, trials, bars)
             answer(asdict(measured), as_json, overhead_table(measured))
@@ -116,6 +143,15 @@ def run_overhead(place: Place, trials: int, bars: ProgressBars) -> Any:
     from caltech_hpo.search.overhead import measure_overhead
 
     return measure_overhead(place.cache, trials, lambda done, total: bars("made-up trials", done, total))
+
+
+def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars: ProgressBars) -> Any:
+    """What one supervisor holds."""
+    from caltech_hpo.search.reporters import measure_reports
+    from caltech_hpo.search.urls import sqlite_path
+
+    url = place.storage if sqlite_path(place.storage) is None else None
+    return measure_reports(url, place.cache, workers, seconds, sampler, bars)
 
 
 def run_speed(

@@ -12,6 +12,7 @@ from caltech_hpo.cli.tables import table_of
 if TYPE_CHECKING:
     from caltech_hpo.search.bench_study import Measurements
     from caltech_hpo.search.overhead import Overhead
+    from caltech_hpo.search.reporters import ReportsHeld
 
 MEMORY = "no memory"
 
@@ -64,5 +65,25 @@ def overhead_table(measured: Overhead) -> Group:
     note = (
         f"ask, {measured.epochs} reports, tell on SQLite: means of the last {measured.measured} of "
         f"{measured.trials} made-up trials, which took {duration(measured.seconds)}"
+    )
+    return Group(table, note)
+
+
+def reports_table(measured: ReportsHeld) -> Group:
+    """What one supervisor holds, and where its time goes."""
+    rest = max(0.0, 1 - measured.sampling - measured.writing - measured.idle)
+    rows = [
+        ["offered", f"{measured.offered:,.0f} / s"],
+        ["held", f"{measured.held:,.0f} / s"],
+        ["the last report waited", f"{measured.late:.2f} s"],
+        ["time: drawing parameters", f"{measured.sampling:.0%}"],
+        ["time: writing", f"{measured.writing:.0%}"],
+        ["time: pruning and the rest", f"{rest:.0%}"],
+        ["time: waiting for reports", f"{measured.idle:.0%}"],
+    ]
+    table = table_of(("reports", ""), rows, left=("reports",))
+    note = (
+        f"{measured.workers:,} simulated workers, each a report a second, for {duration(measured.seconds)}; "
+        f"{measured.database}, {measured.sampler} sampler, {measured.trials:,} trials begun"
     )
     return Group(table, note)

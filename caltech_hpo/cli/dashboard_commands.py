@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.options import DEFAULT_HOME, Home, Storage, place_of, say
+
+if TYPE_CHECKING:
+    from socket import socket
+    from wsgiref.types import WSGIApplication
+
+    from caltech_hpo.search.request import Place
+
+
+Host = Annotated[
+    str, typer.Option("--host", help="Address to listen on; any but a loopback one needs a token.")
+]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")]
+Writable = Annotated[
+    bool,
+    typer.Option("--writable", help="Allow notes, artifacts and deletes; without it all is read-only."),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host", metavar="NAME",
+        help="Another name that browsers reach it by, as of a proxy. Repeatable.",
+    ),
+]  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -17,20 +40,10 @@ def register(app: typer.Typer) -> None:
 
 
 def dashboard(
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but a loopback one needs a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
-    writable: Annotated[
-        bool,
-        typer.Option("--writable", help="Allow notes, artifacts and deletes; without it all is read-only."),
-    ] = False,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Another name that browsers reach it by, as of a proxy. Repeatable."
-        ),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    writable: Writable = False,
+    allow_host: AllowHost = None,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
 ) -> None:
@@ -43,14 +56,27 @@ def dashboard(
 
     Example: caltech-hpo dashboard --port 8080
     """
-    from caltech_hpo.results.dashboard import bind, make_app, resolve, serve
+    from caltech_hpo.results.dashboard import serve
+
+    application, listening = open_dashboard(
+        place_of(home, storage), host, port, allow_host, writable=writable
+    )
+    say("Ctrl-C ends it")
+    serve(application, listening, writable=writable)  # returns on Ctrl-C
+    raise typer.Exit(INTERRUPTED)
+
+
+def open_dashboard(
+    place: Place, host: str, port: int, names: list[str] | None, *, writable: bool
+) -> tuple[WSGIApplication, socket]:
+    """The guarded application and its listening socket; says where it is."""
+    from caltech_hpo.results.dashboard import bind, make_app, resolve
     from caltech_hpo.results.guard import TOKEN_VARIABLE, access_to
 
     address = resolve(host, port)
     token = os.environ.get(TOKEN_VARIABLE)
-    access = access_to(host, address.where[0], token, allow_host or (), writable=writable)
-    place = place_of(home, storage)
-    application = make_app(place.storage, place.home / "artifacts", access)
+    access = access_to(host, address.where[0], token, names or (), writable=writable)
+    application = make_app(place, access)
     listening = bind(address)
     bound = address._replace(where=listening.getsockname())
     if not access.loopback:
@@ -59,6 +85,5 @@ def dashboard(
             "put a TLS proxy in front, or use ssh -L"
         )
     asks = f", asks for {TOKEN_VARIABLE} as the password" if token else ""
-    say(f"dashboard: http://{bound}/  ({'writable' if writable else 'read-only'}{asks}; Ctrl-C ends it)")
-    serve(application, listening, writable=writable)  # returns on Ctrl-C
-    raise typer.Exit(INTERRUPTED)
+    say(f"dashboard: http://{bound}/  ({'writable' if writable else 'read-only'}{asks})")
+    return application, listening

@@ -67,8 +67,15 @@ def uses_text(uses: int) -> str:
 
 
 def score_lines(made: Report) -> list[str]:
-    """The test scores of a report, how many there are, and why later ones were taken."""
+    """The confirmed winner of a report, its test scores, and why later ones were taken."""
     lines = []
+    if made.confirmed:
+        one = made.confirmed
+        interval = "" if one.low is None else f" (95%: {one.low:.4f} to {one.high:.4f})"
+        lines.append(
+            f"confirmed: trial {one.trial}: mean validation {one.mean:.4f}{interval} over "
+            f"{one.seeds} fresh {'seed' if one.seeds == 1 else 'seeds'}"
+        )
     for final in made.finals:
         low, high = final.ci95
         seed = f"seed {final.seed}" if final.seed is not None else f"{final.seeds} seed"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,8 +35,18 @@ from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
 
 if TYPE_CHECKING:
-    from caltech_hpo.search.request import Place, SearchRequest
+    from caltech_hpo.search.events import SearchEvent
+    from caltech_hpo.search.request import Cluster, Place, SearchRequest
     from caltech_hpo.search.run import Search
+
+    Handle = Callable[[SearchEvent], None]
+
+
+class EngineChoice(StrEnum):
+    """For --engine."""
+
+    local = "local"
+    ray = "ray"
 
 
 class PrecisionChoice(StrEnum):
@@ -76,11 +88,27 @@ def search(
     weights: Annotated[
         str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
     ] = None,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="Where workers run: processes of this machine, or a Ray cluster.")
+    ] = EngineChoice.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of the cluster, e.g. auto.", show_default="one that is started on this machine"),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0.0, help="Share of GPUs that a worker takes of the cluster.")
+    ] = 0.0,
+    cpus_per_worker: Annotated[
+        float, typer.Option(min=0.1, help="CPU cores that a worker takes of the cluster.")
+    ] = 1.0,
     memory: Annotated[
         float | None,
         typer.Option(
             min=0.05, help="GiB that all workers together may use.", show_default="most of what is free"
         ),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Write each trial's curves for TensorBoard into this folder, too.")
     ] = None,
     allow_changed: Annotated[
         bool, typer.Option("--allow-changed", help="Continue though the study file changed.")
@@ -111,6 +139,7 @@ def search(
         allow_changed=allow_changed, skip_unreadable=skip_unreadable,
         precision=precision.value if precision else None, weights=weights,
         memory=None if memory is None else int(memory * 2**30), trial_minutes=trial_timeout,
+        cluster=cluster_of(engine, ray_address, gpus_per_worker, cpus_per_worker),
     )  # fmt: skip
     place = place_of(home, storage, data)
     with goes_on(), contextlib.ExitStack() as stack:
@@ -119,12 +148,24 @@ def search(
         stop = StopSignals()
         with progress_bars() as bars:
             opened = stack.enter_context(open_search(request, place, progress=bars, say=say, stop=stop.asked))
+        also = stack.enter_context(tensorboard_log(tensorboard, study)) if opened.device else None
         with stop.caught():
-            follow(opened, request)
+            follow(opened, request, also)
         if stop.asked():
             say(f"paused; the same command goes on from here: {this_command()}")
             raise typer.Exit(stop.exit_code)
         conclude(request, place, smoke=smoke, as_json=as_json)
+
+
+def cluster_of(engine: EngineChoice, address: str | None, gpus: float, cpus: float) -> Cluster | None:
+    """The cluster that the options describe; None for this machine. Raises UsageError for loose options."""
+    from caltech_hpo.search.request import Cluster
+
+    if engine == EngineChoice.ray:
+        return Cluster(address, gpus, cpus)
+    if address is not None or gpus or cpus != 1.0:
+        raise UsageError("--ray-address and shares of a cluster are for --engine ray", "add --engine ray")
+    return None
 
 
 def parse_params(texts: list[str]) -> tuple[dict[str, Any], ...]:
@@ -147,8 +188,20 @@ def _number_or_text(text: str) -> str | bool | int | float:
     return text
 
 
-def follow(opened: Search, request: SearchRequest) -> None:
-    """Shows the search while it runs."""
+@contextlib.contextmanager
+def tensorboard_log(folder: Path | None, study: str) -> Iterator[Handle | None]:
+    """What takes in the events for TensorBoard; None where that was not asked for."""
+    if folder is None:
+        yield None
+        return
+    from caltech_hpo.results.tensorboard import TensorBoardLog
+
+    with contextlib.closing(TensorBoardLog(folder, study)) as log:
+        yield log.handle
+
+
+def follow(opened: Search, request: SearchRequest, also: Handle | None = None) -> None:
+    """Shows the search while it runs; `also` is told every event."""
     if not opened.device:
         say(
             f"study {request.study} has {opened.finished} finished trials already (asked: {request.trials}); "
@@ -166,6 +219,8 @@ def follow(opened: Search, request: SearchRequest) -> None:
     with view.shown():
         for event in opened.events:
             view.handle(event)
+            if also:
+                also(event)
 
 
 def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool) -> None:

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNAL_EXIT = 128  # plus the signal's number: what a shell reports
-PAUSING = b"\npausing: the batch is finished and a checkpoint saved; once more stops at once\n"
+PAUSING = "pausing: the batch is finished and a checkpoint saved; once more stops at once"
 
 
 class StopSignals:
     """Counts the signals that ask a search to stop, while they are `caught`."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = PAUSING) -> None:
+        """`message` is what the first one is answered."""
+        self._message = f"\n{message}\n".encode()
         self._count = 0
         self.exit_code = 0
 
@@ -39,4 +41,4 @@ class StopSignals:
         self.exit_code = SIGNAL_EXIT + number
         if self._count > 1:
             raise KeyboardInterrupt
-        os.write(2, PAUSING)  # a signal handler must not touch buffered streams
+        os.write(2, self._message)  # a signal handler must not touch buffered streams

@@ -79,7 +79,8 @@ def study_text(document: dict[str, Any]) -> Group:
         escape(f"study {document['study']}  ({document['file']})"), "", escape(document["about"]), "",
         escape("fixed: " + ", ".join(f"{name} {value}" for name, value in fixed.items())), space,
         escape(f"sampler: {_options(document['sampler'])}; pruner: {_options(document['pruner'])}"),
-        *([baselines] if document["baselines"] else []), escape(found),
+        *([baselines] if document["baselines"] else []),
+        *(escape(f"warning: {warning}") for warning in document["warnings"]), escape(found),
     )  # fmt: skip
 
 

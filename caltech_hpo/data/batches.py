@@ -170,13 +170,18 @@ def resized_on_host(images: list[Pixels], places: list[list[int]], crop: int) ->
 
 def normalize_(batch: Tensor, normalization: Normalization) -> Tensor:
     """Scales pixels of 0 to 255 to [0, 1], then subtracts the mean and divides by std, in place."""
-    mean, std = _levels(normalization, batch.device)
+    rows = batch.permute(0, 2, 3, 1)
+    if rows.is_contiguous():  # channels_last: whole rows of pixels, three times as fast on a CPU as colours
+        mean, std = _levels(normalization, batch.device, batch.shape[3])
+        rows.view(-1, len(mean)).sub_(mean).div_(std)
+        return batch
+    mean, std = (level.view(1, 3, 1, 1) for level in _levels(normalization, batch.device, 1))
     return batch.sub_(mean).div_(std)
 
 
-@functools.lru_cache(maxsize=8)  # a tensor made for every batch would make a GPU wait for its copy
-def _levels(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation in pixel levels, (1, 3, 1, 1) each."""
-    mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1)
+@functools.lru_cache(maxsize=16)  # a tensor made for every batch would make a GPU wait for its copy
+def _levels(normalization: Normalization, device: torch.device, pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in pixel levels, (3 * pixels,) each: red, green, blue, red, ..."""
+    mean = torch.tensor(normalization.mean, device=device).repeat(pixels)
+    std = torch.tensor(normalization.std, device=device).repeat(pixels)
     return mean * 255, std * 255

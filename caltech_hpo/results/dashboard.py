@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from caltech_hpo.errors import UsageError
+from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.results.guard import Access, guarded
+from caltech_hpo.results.narrator import narrated
+from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 
 if TYPE_CHECKING:
-    from wsgiref.types import WSGIApplication
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     from optuna.storages import BaseStorage
 
 MAX_HEADERS = 64 * 1024  # bytes
 MAX_BODY = 64 * 1024  # bytes; nothing that only reads has a body
 MAX_UPLOAD = 32 * 1024 * 1024  # bytes; artifacts come as base64, a third longer than their file
+
+
+DELETED = re.compile(r"/api/studies/([0-9]+)/?")
 
 
 class Address(NamedTuple):
@@ -32,19 +40,43 @@ class Address(NamedTuple):
         return f"{host}:{self.where[1]}"
 
 
-def make_app(storage_url: str, artifacts: Path, access: Access) -> WSGIApplication:
-    """optuna-dashboard as a WSGI application that allows what `access` says.
+def make_app(place: Place, access: Access) -> WSGIApplication:
+    """optuna-dashboard as a WSGI application that allows what `access` says, with our notes and pictures.
 
     A dashboard that only reads makes no artifact folder: the home may be read-only. Raises StorageError.
     """
     import optuna_dashboard
     from optuna.artifacts import FileSystemArtifactStore
 
+    artifacts = place.home / "artifacts"
     if access.writable:
         artifacts.mkdir(parents=True, exist_ok=True)
-    storage = open_studies(storage_url, writable=access.writable)
+    storage = open_studies(place.storage, writable=access.writable)
     store = FileSystemArtifactStore(str(artifacts))
-    return guarded(optuna_dashboard.wsgi(storage, artifact_store=store), access)
+    app = narrated(optuna_dashboard.wsgi(storage, artifact_store=store), storage, place)
+    return guarded(sparing_searched(app, storage, place), access)
+
+
+def sparing_searched(app: WSGIApplication, storage: BaseStorage, place: Place) -> WSGIApplication:
+    """The same, but no study is deleted while it is searched: its supervisor would lose its trials."""
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        found = DELETED.fullmatch(environ.get("PATH_INFO", ""))
+        if environ["REQUEST_METHOD"] != "DELETE" or found is None:
+            return app(environ, start_response)
+        try:
+            name = storage.get_study_name_from_id(int(found[1]))
+            with study_lock(place.storage, place.home, name, f"search on study '{name}'"):
+                return app(environ, start_response)
+        except KeyError:  # optuna-dashboard says so
+            return app(environ, start_response)
+        except StorageError as error:
+            body = json.dumps({"reason": str(error).splitlines()[0]}).encode()
+            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+            start_response("409 Conflict", headers)
+            return [body]
+
+    return application
 
 
 def open_studies(storage_url: str, *, writable: bool) -> BaseStorage:

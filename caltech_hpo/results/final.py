@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from caltech_hpo.data.loading import SearchData, TestData, load_search_data, loa
 from caltech_hpo.errors import DataError, StorageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
-from caltech_hpo.results.model_files import describe_model, publish, write_json
+from caltech_hpo.results.model_files import publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
@@ -113,7 +113,6 @@ def score(
     in the folder, from where the next call takes it.
     """
     test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
-    write_json(plan.unfinished / "model.json", describe_model(plan.recipe, test.classes))
     evaluation = _evaluate(plan, test, device)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
     leaks = _leaks(plan, test, data)
@@ -239,18 +238,16 @@ def _check_leaks(plan: FinalPlan, leaks: Sequence[Group], allowed: bool, say: Sa
     )
 
 
-def _evaluate(plan: FinalPlan, test: Any, device_name: str) -> Evaluation:
-    import torch
-
-    from caltech_hpo.training.checkpoint import load_weights
+def _evaluate(plan: FinalPlan, test: TestData, device_name: str) -> Evaluation:
+    """Writes model.json, and scores the kept weights on the test images."""
     from caltech_hpo.training.device import resolve_device
     from caltech_hpo.training.loop import evaluate
-    from caltech_hpo.training.models import build_model
     from caltech_hpo.training.sources import ImageSource, plan_for
+    from caltech_hpo.training.trained import TrainedModel, load_model
 
     recipe, device = plan.recipe, resolve_device(device_name)
-    model = build_model(recipe.architecture, "none", recipe.classes, seed=0, dropout=recipe.dropout)
-    load_weights(model, plan.unfinished / "model.safetensors")
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = TrainedModel(plan.unfinished / "model.safetensors", recipe, test.classes)
+    write_json(plan.unfinished / "model.json", trained.description)
     source = ImageSource(test.open_test(), plan_for(recipe, device))
+    model = load_model(trained, device)
     return evaluate(model, source, device, recipe.precision, flip=recipe.test_time_flip)

@@ -9,26 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from caltech_hpo.data.cache import sync_folder
-from caltech_hpo.spec import Recipe
-
-
-def describe_model(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Everything that is needed to rebuild the model and to feed it."""
-    import torch
-
-    from caltech_hpo.training.sources import plan_for
-
-    normalization = plan_for(recipe, torch.device("cpu")).normalization
-    return {
-        "architecture": recipe.architecture,
-        "classes": list(classes),
-        "preprocessing": {
-            "resize_short_side": recipe.resize, "center_crop": recipe.crop, "scale": "pixel / 255",
-            "mean": list(normalization.mean), "std": list(normalization.std),
-        },
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_hash": recipe.hash,
-    }  # fmt: skip
 
 
 def write_json(path: Path, document: Any) -> None:

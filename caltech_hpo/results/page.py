@@ -61,8 +61,8 @@ def write_pages(made: Overview, folder: Path, progress: Progress | None = None) 
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
     }  # fmt: skip
     pages = Pages(folder / "report.md", folder / "report.html")
-    write_text(pages.markdown, _environment(folder, html=False).get_template("report.md.j2").render(values))
-    write_text(pages.html, _environment(folder, html=True).get_template("report.html.j2").render(values))
+    write_text(pages.markdown, environment(folder, html=False).get_template("report.md.j2").render(values))
+    write_text(pages.html, environment(folder, html=True).get_template("report.html.j2").render(values))
     return pages
 
 
@@ -81,7 +81,8 @@ def _section(study: StudyOverview, folder: Path) -> Section:
     )
 
 
-def _environment(folder: Path, *, html: bool) -> jinja2.Environment:
+def environment(folder: Path, *, html: bool) -> jinja2.Environment:
+    """Jinja with the templates and what they use; links in them are relative to `folder`."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=html, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,

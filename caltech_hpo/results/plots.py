@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,19 @@ def save(made: Figure, path: Path) -> Path:
     return path
 
 
+def png(made: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    content = io.BytesIO()
+    made.savefig(content, dpi=120, format="png")
+    return content.getvalue()
+
+
 def draw_training_curves(epochs: Sequence[EpochResult], title: str, path: Path) -> Path:
+    """Writes `training_curves` to a file."""
+    return save(training_curves(epochs, title), path)
+
+
+def training_curves(epochs: Sequence[EpochResult], title: str) -> Figure:
     """Loss (training, validation) and validation accuracy of one training."""
     made = figure(10, 4)
     loss, accuracy = made.subplots(1, 2)
@@ -59,7 +72,7 @@ def draw_training_curves(epochs: Sequence[EpochResult], title: str, path: Path) 
     _label(loss, "cross entropy")
     _label(accuracy, "validation top-1 accuracy")
     made.suptitle(title)
-    return save(made, path)
+    return made
 
 
 def draw_study_curves(records: Sequence[TrialRecord], title: str, path: Path, most: int = 10) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from caltech_hpo.results import ledger
 from caltech_hpo.results.analysis import Importance, importances
+from caltech_hpo.results.evidence import Confirmed, confirmation
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import study_spec
@@ -47,7 +48,8 @@ class ReportRow(Frozen):
 class Report(Frozen):
     """A study's table; `best` is the trial number of the best complete trial.
 
-    `curves_problem` says why the curves could not be drawn. `test_uses` counts the scorings on the test
+    `curves_problem` says why the curves could not be drawn. `confirmed` is the winner of
+    `confirm`. `test_uses` counts the scorings on the test
     set; `test_reasons` says why later ones were made.
     """
 
@@ -58,6 +60,7 @@ class Report(Frozen):
     curves: str | None
     curves_problem: str = ""
     importance: Importance | None = None
+    confirmed: Confirmed | None = None
     test_uses: int = 0
     test_reasons: tuple[str, ...] = ()
 
@@ -85,6 +88,7 @@ def make_report(name: str, place: Place) -> Report:
         curves=curves,
         curves_problem=problem,
         importance=importances(spec, records),
+        confirmed=confirmation(study, records, place),
         test_uses=len(family),
         test_reasons=tuple(dict.fromkeys(score.reason for score in family if score.reason)),
     )

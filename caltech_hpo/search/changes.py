@@ -35,7 +35,7 @@ def check_unchanged(
     changes = [
         f"  {key}: {stored.get(key, 'absent')} -> {current.get(key, 'absent')}"
         for key in sorted(stored.keys() | current.keys())
-        if stored.get(key) != current.get(key) and key not in ("name", "about")
+        if stored.get(key) != current.get(key) and key not in ("name", "about", "folder")
     ]
     if data is not None and study.user_attrs.get(DATA_ATTR, data) != data:
         changes.append(

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -234,13 +235,15 @@ class ProcessExecutor:
 @contextlib.contextmanager
 def worker_environment(*, tuned: bool = True) -> Iterator[None]:
     """What a child inherits: Ctrl-C ignored from its first instant, and if `tuned` the allocator settings."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ours = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no change
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
     before = os.environ.get("GLIBC_TUNABLES")
     if tuned and sys.platform == "linux" and before is None:
         os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
         if before is None:
             os.environ.pop("GLIBC_TUNABLES", None)

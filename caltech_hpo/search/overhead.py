@@ -65,6 +65,18 @@ def instant_worker(connection: Connection, config: WorkerConfig | None) -> None:
             connection.send(Finished(job.number))
 
 
+def overhead_spec(epochs: int) -> StudySpec:
+    """The study, every trial of so many epochs, without hand-tuned rows."""
+    declared = load_study(STUDY)
+    return declared.model_copy(
+        update={
+            "recipe": declared.recipe.model_copy(update={"epochs": epochs}),
+            "space": {name: dimension for name, dimension in declared.space.items() if name != "epochs"},
+            "baselines": (),
+        }
+    )
+
+
 def measure_overhead(folder: Path, trials: int, progress: Callable[[int, int], None]) -> Overhead:
     """Searches `trials` made-up trials on a SQLite database in `folder`, where it leaves nothing.
 
@@ -74,14 +86,7 @@ def measure_overhead(folder: Path, trials: int, progress: Callable[[int, int], N
     from caltech_hpo.search.storage import open_storage
     from caltech_hpo.search.urls import default_url
 
-    declared = load_study(STUDY)
-    spec = declared.model_copy(
-        update={
-            "recipe": declared.recipe.model_copy(update={"epochs": EPOCHS}),
-            "space": {name: dimension for name, dimension in declared.space.items() if name != "epochs"},
-            "baselines": (),
-        }
-    )
+    spec = overhead_spec(EPOCHS)
     measured = min(LATEST, trials)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -89,28 +94,25 @@ def measure_overhead(folder: Path, trials: int, progress: Callable[[int, int], N
         copy.mkdir()
         executor = ProcessExecutor(None, 1, target=instant_worker)
         try:
-            begin = time.perf_counter()
             storage = open_storage(default_url(home))
-            _search(storage, spec, executor, trials - measured, progress)
-            before = time.perf_counter()
+            before = _search(storage, spec, executor, trials - measured, progress)
             with sqlite3.connect(home / "studies.db") as ours, sqlite3.connect(copy / "studies.db") as theirs:
                 ours.backup(theirs)
-            then = time.perf_counter()
-            _search(storage, spec, executor, trials, progress)
-            after = time.perf_counter()
+            last = _search(storage, spec, executor, trials, progress)
         finally:
             executor.close()
         alone = _optuna_alone(open_storage(default_url(copy)), spec, measured)
     return Overhead(
-        trials=trials, measured=measured, epochs=EPOCHS, ours_ms=1000 * (after - then) / measured,
-        optuna_ms=1000 * alone / measured, seconds=after - then + before - begin,
+        trials=trials, measured=measured, epochs=EPOCHS, ours_ms=1000 * last / measured,
+        optuna_ms=1000 * alone / measured, seconds=before + last,
     )  # fmt: skip
 
 
 def _search(
     storage: optuna.storages.RDBStorage, spec: StudySpec, executor: Executor, trials: int,
     progress: Callable[[int, int], None],
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
+    """Seconds from the study's being open to its having so many trials."""
     from caltech_hpo.search.events import TrialEnded
     from caltech_hpo.search.space import Binding
     from caltech_hpo.search.storage import open_study
@@ -119,9 +121,12 @@ def _search(
 
     study = open_study(storage, STUDY, spec, "made up", sampler_seed=0, allow_changed=False)
     binding = Binding(classes=101, data="made up", seed=0, precision="fp32")
-    for event in Supervisor(*hold(study, storage), spec, executor, binding).run(trials):
+    supervisor = Supervisor(*hold(study, storage), spec, executor, binding)
+    begin = time.perf_counter()
+    for event in supervisor.run(trials):
         if isinstance(event, TrialEnded):
             progress(event.number + 1, trials)
+    return time.perf_counter() - begin
 
 
 def _optuna_alone(storage: optuna.storages.RDBStorage, spec: StudySpec, trials: int) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import uuid
+from collections.abc import Iterator
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import BigInteger, Column, Connection, MetaData, String, Table, create_engine, select, text
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -29,6 +33,13 @@ HOLDER = text(
     " AND l.classid::bigint = :high AND l.objid::bigint = :low"
     " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 )
+# Who had each lock last. A holder whose connection broke reads here whether anybody else had it meanwhile.
+HOLDERS = Table(
+    "caltech_hpo_locks", MetaData(),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("holder", String(32), nullable=False),
+)  # fmt: skip
+CREATION = lock_number("creation of caltech_hpo_locks")
 
 
 class AdvisoryLock:
@@ -41,10 +52,20 @@ class AdvisoryLock:
             self._engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         except ImportError as error:
             raise no_driver(url, error) from error
+        self._token = uuid.uuid4().hex
         self._connection: Connection | None = self._take()
+        try:
+            with self._speaking():
+                self._sign(self._connection)
+        except StorageError:
+            self.close()
+            raise
 
     def check(self) -> None:
-        """Raises StorageError if the connection broke and another session took the lock meanwhile."""
+        """Takes the lock again if the connection broke.
+
+        Raises StorageError if another session has it, or had it meanwhile: what it wrote is not known here.
+        """
         if self._connection is not None:
             try:
                 self._connection.execute(text("SELECT 1"))
@@ -54,6 +75,21 @@ class AdvisoryLock:
                 self._connection.close()
                 self._connection = None
         self._connection = self._take()
+        with self._speaking():
+            signed = self._connection.scalar(select(HOLDERS.c.holder).where(HOLDERS.c.number == self._number))
+        if signed != self._token:
+            raise StorageError(
+                f"the connection to the database broke, and another {self._what} ran meanwhile",
+                "run the command again: it goes on from here",
+            )
+
+    def _sign(self, connection: Connection) -> None:
+        # Two sessions that create one table at once would both fail.
+        connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": CREATION})
+        HOLDERS.create(connection, checkfirst=True)
+        connection.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": CREATION})
+        row = insert(HOLDERS).values(number=self._number, holder=self._token)
+        connection.execute(row.on_conflict_do_update(index_elements=["number"], set_={"holder": self._token}))
 
     def close(self) -> None:
         """Ends the connection, and with it the lock."""
@@ -62,7 +98,7 @@ class AdvisoryLock:
         self._engine.dispose()
 
     def _take(self) -> Connection:
-        try:
+        with self._speaking():
             connection = self._engine.connect()
             for setting in SETTINGS:
                 connection.execute(text(setting))
@@ -70,16 +106,21 @@ class AdvisoryLock:
             connection.execute(text("SELECT set_config('application_name', :name, false)"), {"name": name})
             taken = connection.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number})
             holder = "" if taken else self._holder(connection)
+        if not taken:
+            connection.close()
+            raise StorageError(f"another {self._what} is running{holder}", FIX)
+        return connection
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        try:
+            yield
         except DBAPIError as error:
             line = redact(str(error.orig).splitlines()[0], self._url)
             raise StorageError(
                 f"{shown(self._url)}: the database does not answer: {line}",
                 "check that it runs, then run the command again: it goes on from here",
             ) from error
-        if not taken:
-            connection.close()
-            raise StorageError(f"another {self._what} is running{holder}", FIX)
-        return connection
 
     def _holder(self, connection: Connection) -> str:
         unsigned = self._number % 2**64

@@ -72,16 +72,17 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     """Optuna's pruner as the study declares it; with `lags`, none acts before `warmup_epochs`."""
     from optuna import pruners
 
+    from caltech_hpo.search.percentile import RememberingPercentilePruner
+
     declared = spec.pruner
     longest = max(spec.most_epochs, declared.warmup_epochs)
     # Where steps are percents, `lags` alone keeps the warm-up: epochs differ in percent by schedule.
     warmup, first, last = declared.warmup_epochs, declared.warmup_epochs, longest
     if declared.compare_at == "fraction":
         warmup, first, last = 0, max(1, PERCENT * declared.warmup_epochs // longest), PERCENT
-    if declared.name == "median":
-        return pruners.MedianPruner(declared.startup_trials, warmup)
-    if declared.name == "percentile":
-        return pruners.PercentilePruner(declared.percentile, declared.startup_trials, warmup)
+    if declared.name in ("median", "percentile"):
+        percentile = declared.percentile if declared.name == "percentile" else 50.0
+        return RememberingPercentilePruner(percentile, declared.startup_trials, warmup)
     if declared.name == "hyperband":
         # An explicit maximum: with "auto" Optuna waits for a complete trial to learn it.
         return pruners.HyperbandPruner(

@@ -92,12 +92,22 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, and what each worker takes of it. `address` None starts one on this machine."""
+
+    address: str | None = None
+    gpus: float = 0.0
+    cpus: float = 1.0
+
+
+@dataclass(frozen=True)
 class SearchRequest:
     """What `search` was asked to do. `trials` is the study's total of finished trials.
 
     Without `pruning` no trial ends for lagging in this run; what diverges still ends. `memory` bytes may
     be used by all workers together (None: most of what is free). A trial ends with its first epoch after
-    `trial_minutes`.
+    `trial_minutes`. `spec` stands in for the study's file. Workers run on `cluster` (None: as
+    processes of this machine).
     """
 
     study: str
@@ -116,11 +126,13 @@ class SearchRequest:
     subset: int | None = None
     memory: int | None = None
     trial_minutes: float | None = None
+    spec: StudySpec | None = None
+    cluster: Cluster | None = None
 
 
 def resolve_spec(request: SearchRequest) -> StudySpec:
     """The study file with the request's overrides. Raises UsageError, SpecError and WeightsError."""
-    spec = load_study(request.study)
+    spec = request.spec or load_study(request.study)
     if not DEVICE.fullmatch(request.device):
         raise UsageError(f"--device {request.device}: unknown", "use one of: auto, cpu, cuda, cuda:K, mps")
     changes = {"precision": request.precision, "weights": request.weights}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import Check, study_lock
-from caltech_hpo.search.request import Place, Say, SearchRequest, never, resolve_spec, silent
+from caltech_hpo.search.request import Cluster, Place, Say, SearchRequest, never, resolve_spec, silent
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
+from caltech_hpo.study_checks import without_effect
 from caltech_hpo.study_files import complete_params
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from caltech_hpo.data.loading import SearchData
     from caltech_hpo.search.events import SearchEvent
-    from caltech_hpo.search.executors import ProcessExecutor
+    from caltech_hpo.search.executors import Executor
     from caltech_hpo.search.forecast import Forecaster
     from caltech_hpo.search.records import TrialRecord
 
@@ -55,16 +56,19 @@ class Search:
 def locate_data(
     spec: StudySpec, place: Place, *, progress: Progress | None = None, say: Say = silent
 ) -> Path:
-    """The study's data folder: --data, the demo's digits (written), or Caltech-101 (fetched)."""
+    """The study's data folder: --data, its own, the demo's digits (written), or Caltech-101 (fetched)."""
     from caltech_hpo.data.download import ARCHIVE_URL, fetch_caltech101, write_demo
 
     if place.data is not None:
         return place.data
     if spec.data == "demo":
         return write_demo(place.datasets, progress=progress)
+    if spec.folder:
+        return Path(spec.folder)
     if spec.data == "folder":
         raise UsageError(
-            f"study '{spec.name}' names no data set", "give the folder of class folders: --data DIR"
+            f"study '{spec.name}' names no data set",
+            'give the folder of class folders: --data DIR, or folder = "DIR" in its file',
         )
     if not (place.datasets / "caltech101").is_dir():
         say(f"no data in {place.datasets / 'caltech101'}: fetching Caltech-101 from {ARCHIVE_URL}")
@@ -83,19 +87,22 @@ def open_search(
     Refuses before any work: faulty specs, a changed study, a study that another search holds,
     missing data, unreadable images, missing weights.
     """
-    from caltech_hpo.search.records import finished_count, trial_records
+    from caltech_hpo.search.records import trial_records
+    from caltech_hpo.search.supervisor import FINISHED
 
     spec = resolve_spec(request)
+    for warning in without_effect(spec.recipe, spec.space):
+        say(f"warning: {warning}")
     what = f"search on study '{request.study}'"
     with study_lock(place.storage, place.home, request.study, what) as check_lock:
         stored = find_study(open_existing(place.storage), request.study)
         finished = 0
         if stored is not None:
             check_unchanged(stored, request.study, spec, data=None, allow_changed=request.allow_changed)
-            records = trial_records(stored)
-            finished = finished_count(records)
+            # counted by the database: reading 1,000 trials takes seconds
+            finished = stored._storage.get_n_trials(stored._study_id, FINISHED)
             if finished >= request.trials:
-                yield Search(spec, records, iter(()))
+                yield Search(spec, trial_records(stored), iter(()))
                 return
         index = scan(locate_data(spec, place, progress=progress, say=say))
         if stored is not None:
@@ -133,6 +140,8 @@ def _run(
         share=request.workers,
         features=place.features,
         memory=request.memory,
+        cluster=request.cluster,
+        mark=place.home / f".{request.study}.shared",
     ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,
@@ -181,8 +190,12 @@ def open_executor(
     share: int | None = None,
     features: Path | None = None,
     memory: int | None = None,
-) -> Iterator[ProcessExecutor]:
-    """Local worker processes; ended on leaving.
+    cluster: Cluster | None = None,
+    mark: Path | None = None,
+) -> Iterator[Executor]:
+    """Local worker processes, or those of a cluster (by `mark` they see whether folders are shared).
+
+    They are ended on leaving.
 
     Each has the cores of one of `share` (None: of `workers`): a trial that goes on when there are fewer
     workers computes with as many threads as before, or its sums would be rounded otherwise.
@@ -193,7 +206,14 @@ def open_executor(
     share = share or workers
     threads = max(1, (os.cpu_count() or 1) // share) if share > 1 else None
     config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
-    executor = ProcessExecutor(config, workers)
+    executor: Executor
+    if cluster is None:
+        executor = ProcessExecutor(config, workers)
+    else:
+        from caltech_hpo.search.ray_executor import RayExecutor
+
+        assert mark is not None, "a cluster's workers look for it"
+        executor = RayExecutor(replace(config, threads=max(1, int(cluster.cpus))), workers, cluster, mark)
     try:
         yield executor
     finally:

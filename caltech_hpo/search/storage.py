@@ -189,7 +189,7 @@ def open_study(
     study = find_study(storage, name)
     if study is not None:
         check_unchanged(study, name, spec, data, allow_changed=allow_changed)
-    so_far = 0 if study is None else len(study.get_trials(deepcopy=False))
+    so_far = 0 if study is None else storage.get_n_trials(study._study_id)
     study = optuna.create_study(
         study_name=name, storage=storage, direction="maximize", load_if_exists=True,
         sampler=make_sampler(spec, sampler_seed, so_far), pruner=make_pruner(spec),

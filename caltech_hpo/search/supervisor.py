@@ -76,6 +76,7 @@ class Supervisor:
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         best = max(((trial.value or 0.0, -trial.number) for trial in complete), default=NONE_BETTER)
         self._files = TrialFiles(study.study_name, checkpoints, models, best)
+        storage.forget_epochs()
 
     def run(
         self, trials: int, *, seconds: float | None = None, stop: Callable[[], bool] = never

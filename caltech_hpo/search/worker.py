@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import signal
 import time
 import traceback
@@ -56,6 +57,7 @@ from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import TrainingState, begin, capture, changing, restore
 from caltech_hpo.training.timing import time_steps
+from caltech_hpo.training.trained import DESCRIPTION, describe_model
 
 JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
 # Between progress messages of one job, in parts of the whole.
@@ -73,6 +75,7 @@ class WorkerContext:
     features: Path | None
     memory: MicroBatches
     ready: Ready
+    classes: tuple[str, ...]
 
 
 def open_worker(config: WorkerConfig) -> WorkerContext:
@@ -102,6 +105,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         config.features,
         MicroBatches(device, memory_share(device, config.memory, config.workers)),
         ready,
+        data.classes,
     )
 
 
@@ -150,7 +154,7 @@ def _epochs(
                 raise
         else:
             new = itertools.chain([first] if first else [], results)
-            yield from _report(job, prepared, state, before, new)
+            yield from _report(job, context, prepared, state, before, new)
             return
 
 
@@ -177,7 +181,7 @@ def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Pre
 
 
 def _report(
-    job: Job, prepared: Prepared, state: TrainingState, before: list[EpochResult],
+    job: Job, context: WorkerContext, prepared: Prepared, state: TrainingState, before: list[EpochResult],
     results: Iterable[EpochResult],
 ) -> Generator[JobEvent, bool, None]:  # fmt: skip
     """Yields the epochs that are not known, stops when told to; those `before` come from the checkpoint."""
@@ -193,7 +197,8 @@ def _report(
             saved = time.monotonic()
     if state.epoch > job.recipe.epochs:
         if state.best and state.best.tensors and job.keep:
-            save = partial(state.best.save, prepared.model, job.keep)
+            about = {DESCRIPTION: json.dumps(describe_model(job.recipe, context.classes))}
+            save = partial(state.best.save, prepared.model, job.keep, about)
             yield from _written(job, job.keep, "the best weights", save)
         yield Finished(job.number)
         return

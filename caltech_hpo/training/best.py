@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -31,6 +32,6 @@ class BestWeights:
                 # in place: another copy of all of them would be needed otherwise
                 self.tensors[name] = value.detach().clone() if kept is None else kept.copy_(value.detach())
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        """Writes the model's state dictionary with the best epoch's values."""
-        save_weights(model.state_dict() | self.tensors, path)
+    def save(self, model: nn.Module, path: Path, about: Mapping[str, str] | None = None) -> None:
+        """Writes the model's state dictionary with the best epoch's values; `about` is its metadata."""
+        save_weights(model.state_dict() | self.tensors, path, about)

@@ -12,14 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.errors import WeightsError
 from caltech_hpo.training.checkpoint_files import previous, unfinished
 
 MAGIC = b"CHPOCKP1"
 DIGEST_BYTES, LENGTH_BYTES = 32, 8
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a state dictionary as safetensors: temporary file, fsync, rename, fsync of the folder."""
+def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Writes a state dictionary as safetensors: temporary file, fsync, rename, fsync of the folder.
+
+    `about` goes into the file's metadata.
+    """
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -27,7 +31,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
-            file.write(save(state))
+            file.write(save(state, metadata=dict(about) if about else None))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -41,6 +45,19 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     model.load_state_dict(load_file(path), strict=True)
+
+
+def weights_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises WeightsError for a file that is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: is no safetensors file: {error}", "give a file that caltech-hpo has written"
+        ) from error
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import json
 import os
 import re
@@ -16,18 +15,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
-from wsgiref.util import setup_testing_defaults
 
 import optuna
 import optuna_dashboard
 import pytest
+from asking import app_of, call
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from typer.testing import CliRunner
 
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results import dashboard
 from caltech_hpo.results.guard import SANDBOX, access_to, host_name
+from caltech_hpo.search.locks import study_lock
 from caltech_hpo.search.storage import open_storage
+from caltech_hpo.search.urls import default_url
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 TOKEN = "0123456789abcdef"
@@ -73,38 +74,10 @@ def copied(made, tmp_path):
     return SimpleNamespace(**vars(made) | {"home": home})
 
 
-def app_of(made, *, host="127.0.0.1", token=None, names=(), writable=False):
-    """The guarded application on a home."""
-    access = access_to(host, host, token, names, writable=writable)
-    return dashboard.make_app(f"sqlite:///{made.home / 'studies.db'}", made.home / "artifacts", access)
-
-
 def unguarded(made):
     """optuna-dashboard as it comes."""
     store = FileSystemArtifactStore(made.home / "artifacts")
     return optuna_dashboard.wsgi(open_storage(f"sqlite:///{made.home / 'studies.db'}"), artifact_store=store)
-
-
-def call(app, method="GET", path="/api/studies", body=b"", **environment):
-    """A request without a server: status, headers in lower case, body. None leaves a variable out."""
-    environ = {
-        "REQUEST_METHOD": method, "PATH_INFO": path, "HTTP_HOST": "localhost:8080",
-        "HTTP_ACCEPT_ENCODING": "identity", "CONTENT_TYPE": "application/json",
-        "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body), "wsgi.errors": io.StringIO(),
-    }  # fmt: skip
-    setup_testing_defaults(environ)
-    environ |= environment
-    started = []
-    reply = app(
-        {name: value for name, value in environ.items() if value is not None},
-        lambda *all: started.append(all),
-    )
-    content = b"".join(reply)
-    status, headers, *_ = started[-1]
-    return SimpleNamespace(
-        status=int(status.split()[0]), headers=[(name.lower(), value) for name, value in headers],
-        header={name.lower(): value for name, value in headers}, body=content,
-    )  # fmt: skip
 
 
 def contents(made):
@@ -577,3 +550,12 @@ def test_the_refusal_as_a_user_sees_it(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "CALTECH_HPO_TOKEN" in done.stderr and "openssl rand" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_that_is_searched_is_not_deleted(copied):
+    app = app_of(copied, writable=True)
+    path = f"/api/studies/{copied.study}"
+    with study_lock(default_url(copied.home), copied.home, "demo", "search"):
+        refused = call(app, "DELETE", path)
+    assert refused.status == 409 and b"another search on study 'demo' is running" in refused.body
+    assert call(app, "DELETE", path).status == 204

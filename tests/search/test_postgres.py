@@ -134,6 +134,9 @@ def test_a_lost_lock_is_taken_again_or_ends_the_search(server, tmp_path):
         server.start()
         with study_lock(server.url, tmp_path, "lost", "search"), pytest.raises(StorageError, match="another"):
             check()
+        # even when that one has ended, what it wrote is not known to the first
+        with pytest.raises(StorageError, match="ran meanwhile"):
+            check()
 
 
 def test_a_connection_that_broke_between_two_uses_is_made_anew(server):

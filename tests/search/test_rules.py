@@ -58,8 +58,8 @@ def test_divergence(results, words):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("median", "MedianPruner"),
-        ("percentile", "PercentilePruner"),
+        ("median", "RememberingPercentilePruner"),
+        ("percentile", "RememberingPercentilePruner"),
         ("hyperband", "HyperbandPruner"),
         ("none", "NopPruner"),
     ],

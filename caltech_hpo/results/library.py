@@ -1,0 +1,158 @@
+"""What the commands do, as functions: `from caltech_hpo import load_study, search, confirm, final, predict`.
+
+Searches start processes: a script needs `if __name__ == "__main__":` around the call, a notebook does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caltech_hpo.results import ledger
+from caltech_hpo.results.confirm import ConfirmEvent, confirmed, open_confirm, run_confirm
+from caltech_hpo.results.final import final_lock, is_settled, retrain, score
+from caltech_hpo.results.plan import FinalPlan, plan_finals
+from caltech_hpo.results.predict import Prediction, find_model, image_files
+from caltech_hpo.results.predict import predict as predicted
+from caltech_hpo.results.ranking import Confirmation
+from caltech_hpo.search.records import TrialRecord, best_record, trial_records
+from caltech_hpo.search.request import Place, Say, SearchRequest, silent
+from caltech_hpo.search.run import open_search
+from caltech_hpo.search.storage import stored_study
+from caltech_hpo.search.urls import default_url
+from caltech_hpo.spec import EpochResult, Frozen, StudySpec
+from caltech_hpo.study_files import load_study as load_study_file
+from caltech_hpo.study_files import read_study
+from caltech_hpo.terms import FitOn
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.events import SearchEvent
+
+FolderLike = str | Path
+HOME = "storage"
+
+
+class SearchResult(Frozen):
+    """A study after a search: all of its trials by number, and the best complete one (None without any)."""
+
+    study: str
+    trials: tuple[TrialRecord, ...]
+    best: TrialRecord | None
+
+
+def load_study(study: FolderLike) -> StudySpec:
+    """The declaration of a study: by its name, or a TOML file's by its path.
+
+    Raises UsageError for an unknown name, SpecError for a faulty file.
+    """
+    path = Path(study)
+    return read_study(path) if path.suffix == ".toml" else load_study_file(str(study))
+
+
+def search(
+    study: StudySpec | str, *, trials: int, data: FolderLike | None = None, home: FolderLike = HOME,
+    storage: str | None = None, workers: int = 1, device: str = "auto", seed: int = 0, baselines: bool = True,
+    pruning: bool = True, enqueue: Sequence[dict[str, Any]] = (), skip_unreadable: bool = False,
+    on_event: Callable[[SearchEvent], None] | None = None, say: Say = silent,
+) -> SearchResult:  # fmt: skip
+    """Runs trials until the study has `trials` finished ones; called again, it goes on.
+
+    Options are those of `caltech-hpo search`. `on_event` is told every trial and epoch once it is in the
+    database; what it raises ends the search, which the next call goes on with. Raises CaltechHpoError.
+    """
+    spec = load_study(study) if isinstance(study, str) else study
+    place = _place(home, storage, data)
+    request = SearchRequest(
+        spec.name, trials, workers=workers, device=device, seed=seed, baselines=baselines, pruning=pruning,
+        enqueue=tuple(enqueue), skip_unreadable=skip_unreadable, spec=spec,
+    )  # fmt: skip
+    with open_search(request, place, say=say) as opened:
+        for event in opened.events:
+            if on_event:
+                on_event(event)
+    records = trial_records(stored_study(place.storage, spec.name))
+    return SearchResult(study=spec.name, trials=tuple(records), best=best_record(records))
+
+
+def confirm(
+    study: StudySpec | str, *, finalists: int = 3, seeds: int = 3, data: FolderLike | None = None,
+    home: FolderLike = HOME, storage: str | None = None, workers: int = 1, device: str = "auto",
+    skip_unreadable: bool = False, on_event: Callable[[ConfirmEvent], None] | None = None, say: Say = silent,
+) -> Confirmation:  # fmt: skip
+    """Retrains the best trials over fresh seeds and ranks them; called again, it goes on.
+
+    Raises CaltechHpoError.
+    """
+    name, place = _name(study), _place(home, storage, data)
+    with open_confirm(name, place, finalists=finalists, seeds=seeds, say=say) as plan:
+        events = run_confirm(plan, workers=workers, device=device, skip_unreadable=skip_unreadable)
+        with contextlib.closing(events):
+            for event in events:
+                if on_event:
+                    on_event(event)
+    made = confirmed(place.storage, name)
+    assert made is not None, "every seed is whole"
+    return made
+
+
+def final(
+    study: StudySpec | str, *, fit_on: FitOn = "train", seeds: int = 1, trial: int | None = None,
+    again: str | None = None, allow_leak: bool = False, data: FolderLike | None = None,
+    home: FolderLike = HOME, storage: str | None = None, device: str = "auto", skip_unreadable: bool = False,
+    on_epoch: Callable[[EpochResult], None] | None = None, say: Say = silent,
+) -> list[ledger.FinalResult]:  # fmt: skip
+    """Retrains the winner and scores the test set, once for each seed; what was scored before is read.
+
+    One result for each seed. Raises CaltechHpoError, also where another configuration was scored before
+    and `again` gives no reason.
+    """
+    place = _place(home, storage, data)
+    plans = plan_finals(_name(study), place, fit_on=fit_on, seeds=seeds, trial=trial, again=again, say=say)
+    return [_scored(plan, device, skip_unreadable, allow_leak, on_epoch, say) for plan in plans]
+
+
+def _scored(
+    plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool,
+    on_epoch: Callable[[EpochResult], None] | None, say: Say,
+) -> ledger.FinalResult:  # fmt: skip
+    if plan.stored is not None and is_settled(plan):
+        return plan.stored
+    with final_lock(plan) as taken:
+        if taken is not None:
+            return taken
+        epochs = []
+        for result in retrain(
+            plan, device=device, skip_unreadable=skip_unreadable, allow_leak=allow_leak, say=say
+        ):
+            epochs.append(result)
+            if on_epoch:
+                on_epoch(result)
+        return score(plan, epochs, device=device, skip_unreadable=skip_unreadable)
+
+
+def predict(
+    images: FolderLike | Sequence[FolderLike], study: StudySpec | str | None = None, *,
+    model: FolderLike | None = None, top: int = 5, home: FolderLike = HOME, storage: str | None = None,
+    device: str = "auto",
+) -> list[Prediction]:  # fmt: skip
+    """The likeliest classes of image files, or of all images in folders, by a study's model or `model`.
+
+    A file that cannot be read has its `problem`. Raises CaltechHpoError.
+    """
+    several = [images] if isinstance(images, (str, Path)) else list(images)
+    name = None if study is None else _name(study)
+    chosen = find_model(name, _place(home, storage, None), None if model is None else Path(model))
+    return list(
+        predicted(chosen.model, image_files([Path(image) for image in several]), device=device, top=top)
+    )
+
+
+def _name(study: StudySpec | str) -> str:
+    return study if isinstance(study, str) else study.name
+
+
+def _place(home: FolderLike, storage: str | None, data: FolderLike | None) -> Place:
+    folder = Path(home)
+    return Place(folder, storage or default_url(folder), None if data is None else Path(data))

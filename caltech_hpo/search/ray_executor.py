@@ -1,0 +1,198 @@
+"""Workers on a Ray cluster: the same interface, Ray places them and tells when one's machine is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from caltech_hpo.errors import CaltechHpoError, UsageError
+from caltech_hpo.search.messages import Died, EpochDone, Event, Job, Measure, Ready, WorkerConfig, Working
+from caltech_hpo.search.relay import Files, Relay, write_whole
+from caltech_hpo.search.request import Cluster
+
+INSTALL = "pip install 'caltech-hpo[ray]'"
+RESTARTS = 3  # of an actor before its first Ready
+READY_WITHIN = 600.0  # seconds: a cluster may have to start machines first
+NODE_LOST = -9  # the exit code that a lost machine's worker is said to have had
+
+
+def ray_module() -> Any:
+    """The ray package. Raises UsageError where it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError("--engine ray: ray is not installed", INSTALL) from error
+    return ray
+
+
+@dataclass
+class _Actor:
+    handle: Any
+    job: Job | Measure | None = None
+    waiting: Any = None  # the reference of its next event; None between an epoch and its answer
+
+
+class RayExecutor:
+    """Workers as Ray actors; the supervisor's interface is `Executor`'s."""
+
+    def __init__(self, config: WorkerConfig, workers: int, cluster: Cluster, mark: Path) -> None:
+        """Connects, places the workers, waits until all are ready. Raises UsageError where the cluster
+        cannot hold them, and what a worker refuses with.
+
+        `mark` is a file in the supervisor's home, written here and removed by `close`.
+        """
+        self._ray, self._cluster, self._mark = ray_module(), cluster, mark
+        self._token = uuid.uuid4().hex
+        self._pixels: dict[Path, Any] = {}
+        self._ready_refs: list[Any] = []
+        self._actors: list[_Actor] = []
+        self._config = config
+        self._begun = not self._ray.is_initialized()
+        if self._begun:
+            self._connect(workers)
+        write_whole(mark, self._token.encode())
+        try:
+            self._actors = [_Actor(self._spawn()) for _ in range(workers)]
+            self.ready, *_ = [self._started(actor) for actor in self._actors]
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, workers: int) -> None:
+        # Its log lines would run through the progress of the search.
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._cluster.address is None:
+            options |= {"include_dashboard": False, "num_cpus": max(1, round(workers * self._cluster.cpus))}
+        try:
+            self._ray.init(address=self._cluster.address, **options)
+        except (ConnectionError, ValueError) as error:
+            raise UsageError(
+                f"--ray-address {self._cluster.address}: {error}",
+                "start a cluster ('ray start --head'), or leave --ray-address out to use this machine alone",
+            ) from error
+
+    def _spawn(self) -> Any:
+        # Several calls at once: one waits for the next event while others answer, pause or kill.
+        remote = self._ray.remote(Relay).options(
+            num_gpus=self._cluster.gpus, num_cpus=self._cluster.cpus, max_concurrency=4, max_restarts=0
+        )
+        return remote.remote(self._config, self._mark.absolute(), self._token)
+
+    def _started(self, actor: _Actor) -> Ready:
+        """Waits until a worker is ready; one whose machine is lost meanwhile is placed anew."""
+        for attempt in range(RESTARTS):
+            if attempt:
+                actor.handle = self._spawn()
+            try:
+                missing = self._ray.get(actor.handle.missing.remote(), timeout=READY_WITHIN)
+                contents = [self._put(path) for path in missing]  # references: Ray fetches what they mean
+                ready: Ready = self._ray.get(actor.handle.start.remote(missing, *contents))
+            except self._ray.exceptions.RayActorError:
+                continue
+            except self._ray.exceptions.GetTimeoutError:
+                raise UsageError(
+                    f"the cluster had no room for a worker within {READY_WITHIN / 60:.0f} minutes "
+                    f"({self._cluster.cpus:g} CPUs and {self._cluster.gpus:g} GPUs each)",
+                    "use fewer --workers, or smaller shares: --gpus-per-worker, --cpus-per-worker",
+                ) from None
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, CaltechHpoError) else error from None
+            return ready
+        raise CaltechHpoError(
+            f"a worker's machine was lost {RESTARTS} times before it was ready", "look at 'ray status'"
+        )
+
+    def _put(self, path: Path) -> Any:
+        """The file in the object store, once for all machines."""
+        if path not in self._pixels:
+            self._pixels[path] = self._ray.put(path.read_bytes())
+        return self._pixels[path]
+
+    @property
+    def free(self) -> int:
+        """Workers without a job."""
+        return sum(actor.job is None for actor in self._actors)
+
+    def submit(self, job: Job | Measure) -> None:
+        """Sends the job, with its checkpoint, to the first free worker."""
+        actor = next(actor for actor in self._actors if actor.job is None)
+        files: Files = {}
+        if isinstance(job, Job) and job.checkpoint is not None and job.checkpoint.exists():
+            files[job.checkpoint] = job.checkpoint.read_bytes()
+        actor.job = job
+        actor.waiting = actor.handle.submit.remote(job, files)
+
+    def event_within(self, seconds: float) -> bool:
+        """Whether a worker with a job speaks, or is lost, within so many seconds."""
+        if not self._ready_refs:
+            waiting = [actor.waiting for actor in self._actors if actor.waiting is not None]
+            if waiting:
+                self._ready_refs, _ = self._ray.wait(
+                    waiting, num_returns=1, timeout=seconds, fetch_local=False
+                )
+        return bool(self._ready_refs)
+
+    @overload
+    def next_event(self) -> Event: ...
+
+    @overload
+    def next_event(self, seconds: float) -> Event | None: ...
+
+    def next_event(self, seconds: float | None = None) -> Event | None:
+        """The next event; the files that come with it are on disk before it is returned."""
+        if not self.event_within(3600.0 if seconds is None else seconds):
+            return None if seconds is not None else self.next_event()
+        reference = self._ready_refs.pop(0)
+        actor = next(actor for actor in self._actors if actor.waiting == reference)
+        assert actor.job is not None
+        number, actor.waiting = actor.job.number, None
+        try:
+            event, files = self._ray.get(reference)
+        except self._ray.exceptions.RayActorError:
+            actor.job, actor.handle = None, self._spawn()
+            self._started(actor)
+            return Died(number, NODE_LOST)
+        for path, content in files.items():
+            write_whole(path, content)
+        if isinstance(event, Working):
+            actor.waiting = actor.handle.next_event.remote()
+        elif not isinstance(event, EpochDone):
+            actor.job = None
+        told: Event = event
+        return told
+
+    def answer(self, job: int, go_on: bool) -> None:
+        """Sends the decision to the job's worker."""
+        for actor in self._of(job):
+            actor.waiting = actor.handle.answer.remote(job, go_on)
+
+    def pause(self) -> None:
+        """Asks all that have a job."""
+        for actor in self._actors:
+            if actor.job is not None:
+                actor.handle.pause.remote()
+
+    def kill(self, job: int) -> None:
+        """Ends the job's worker process; `next_event` will say Died."""
+        for actor in self._of(job):
+            actor.handle.kill.remote(job)
+
+    def _of(self, job: int) -> Iterator[_Actor]:
+        return (actor for actor in self._actors if actor.job is not None and actor.job.number == job)
+
+    def close(self) -> None:
+        """Ends the workers, and the connection where it was made here."""
+        closing = [actor.handle.close.remote() for actor in self._actors]
+        with contextlib.suppress(Exception):  # a machine may be gone
+            self._ray.wait(closing, num_returns=len(closing), timeout=20.0)
+        for actor in self._actors:
+            self._ray.kill(actor.handle)
+        self._actors = []
+        self._mark.unlink(missing_ok=True)
+        if self._begun:
+            self._ray.shutdown()
