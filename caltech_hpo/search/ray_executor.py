@@ -18,6 +18,7 @@ from caltech_hpo.search.request import Cluster
 INSTALL = "pip install 'caltech-hpo[ray]'"
 RESTARTS = 3  # of an actor before its first Ready
 READY_WITHIN = 600.0  # seconds: a cluster may have to start machines first
+CLOSING = 20.0  # seconds
 NODE_LOST = -9  # the exit code that a lost machine's worker is said to have had
 
 
@@ -33,6 +34,7 @@ def ray_module() -> Any:
 @dataclass
 class _Actor:
     handle: Any
+    placed: bool = False
     job: Job | Measure | None = None
     waiting: Any = None  # the reference of its next event; None between an epoch and its answer
 
@@ -102,6 +104,7 @@ class RayExecutor:
                 ) from None
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, CaltechHpoError) else error from None
+            actor.placed = True
             return ready
         raise CaltechHpoError(
             f"a worker's machine was lost {RESTARTS} times before it was ready", "look at 'ray status'"
@@ -154,7 +157,7 @@ class RayExecutor:
         try:
             event, files = self._ray.get(reference)
         except self._ray.exceptions.RayActorError:
-            actor.job, actor.handle = None, self._spawn()
+            actor.job, actor.placed, actor.handle = None, False, self._spawn()
             self._started(actor)
             return Died(number, NODE_LOST)
         for path, content in files.items():
@@ -187,9 +190,9 @@ class RayExecutor:
 
     def close(self) -> None:
         """Ends the workers, and the connection where it was made here."""
-        closing = [actor.handle.close.remote() for actor in self._actors]
+        closing = [actor.handle.close.remote() for actor in self._actors if actor.placed]
         with contextlib.suppress(Exception):  # a machine may be gone
-            self._ray.wait(closing, num_returns=len(closing), timeout=20.0)
+            self._ray.wait(closing, num_returns=len(closing), timeout=CLOSING)
         for actor in self._actors:
             self._ray.kill(actor.handle)
         self._actors = []
