@@ -11,6 +11,15 @@ from typing import Any
 from caltech_hpo.data.cache import sync_folder
 
 
+def kept_folder(model_file: str, models: Path) -> Path | None:
+    """Where `final` has left a model: as its score says, or under the same name in `models`; None if gone.
+
+    Scores of a home that was moved, or that was given as a relative path, say another place.
+    """
+    said = Path(model_file).parent
+    return next((folder for folder in (said, models / said.name) if folder.is_dir()), None)
+
+
 def write_json(path: Path, document: Any) -> None:
     """Writes the document as `write_text` does."""
     write_text(path, json.dumps(document, indent=2))

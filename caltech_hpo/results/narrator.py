@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from caltech_hpo.results import ledger
 from caltech_hpo.results.evidence import by_configuration, confirmation
 from caltech_hpo.results.ledger import ScoreRow
+from caltech_hpo.results.model_files import kept_folder
 from caltech_hpo.results.plots import png, training_curves
 from caltech_hpo.results.story import study_note, trial_note
 from caltech_hpo.results.story_plots import story_plots
@@ -39,6 +41,7 @@ STUDY_PICTURE = re.compile(r"/artifacts/([0-9]+)/([0-9a-f-]{36})/?")
 OURS = uuid.UUID("6d4bd7b8-5d0e-4a0c-9f0a-1b6f1c2a7e11")  # the namespace of our artifacts' ids
 FINAL_PICTURES = {"confusion.png": "confusion matrix", "curves.png": "curves"}
 MOST_DRAWN = 200  # pictures kept in memory, 60 KB each
+PLOT_SHARE = 20.0  # plots are drawn anew after so many times what drawing them took
 Documents = dict[str, Any]
 
 
@@ -92,6 +95,11 @@ def _rewritten(
     return [body]
 
 
+class _Plotted(NamedTuple):
+    plots: list[Documents]
+    until: float  # monotonic seconds
+
+
 class Narrator:
     """Makes the notes, pictures and plots of all studies; finished trials are read once."""
 
@@ -100,6 +108,7 @@ class Narrator:
         self._finished: dict[int, TrialRecord] = {}
         self._lock = threading.Lock()  # the server has threads
         self._drawn: dict[str, bytes] = {}
+        self._plotted: dict[str, _Plotted] = {}
 
     def tell(self, study_id: int, document: Documents) -> None:
         """Adds to optuna-dashboard's description of a study. Studies that are not ours stay as they are."""
@@ -135,13 +144,25 @@ class Narrator:
             document["note"] = {"version": document["note"]["version"], "body": made}
         for row in rows:
             for file, what in FINAL_PICTURES.items():
-                if (Path(row.model_file).parent / file).is_file():
+                if self._final_file(row, file):
                     shown = f"final-trial-{row.trial}-seed-{row.seed}-{what.replace(' ', '-')}.png"
                     document["artifacts"].append(_artifact(_final_id(row, file), shown))
-        document["plotly_graph_objects"] += [
-            {"id": key, "graph_object": figure.to_json()}
-            for key, figure in story_plots(spec, records).items()
-        ]
+        document["plotly_graph_objects"] += self._plots(name, spec, records)
+
+    def _plots(self, name: str, spec: StudySpec, records: list[TrialRecord]) -> list[Documents]:
+        """The study's plots. A page asks every few seconds: what took long to draw is shown for a while."""
+        with self._lock:
+            kept = self._plotted.get(name)
+            if kept is not None and time.monotonic() < kept.until:
+                return kept.plots
+            begin = time.monotonic()
+            plots = [
+                {"id": key, "graph_object": figure.to_json()}
+                for key, figure in story_plots(spec, records).items()
+            ]
+            now = time.monotonic()
+            self._plotted[name] = _Plotted(plots, now + PLOT_SHARE * (now - begin))
+            return plots
 
     def picture(self, path: str) -> bytes | None:
         """The PNG that one of our artifact addresses means; None for other addresses."""
@@ -169,10 +190,14 @@ class Narrator:
             return None
         for row in ledger.scores(self._place.storage, name):
             for file in FINAL_PICTURES:
-                path = Path(row.model_file).parent / file
-                if key == _final_id(row, file) and path.is_file():
+                path = self._final_file(row, file)
+                if key == _final_id(row, file) and path is not None:
                     return path.read_bytes()
         return None
+
+    def _final_file(self, row: ScoreRow, file: str) -> Path | None:
+        folder = kept_folder(row.model_file, self._place.models)
+        return folder / file if folder is not None and (folder / file).is_file() else None
 
     def _records(self, study_id: int) -> dict[int, TrialRecord]:
         """All trials by their ids, in the order of their numbers; empty for an unknown study."""

@@ -14,6 +14,7 @@ from caltech_hpo.data.folders import is_class_name, is_image_name
 from caltech_hpo.errors import DataError, UsageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
+from caltech_hpo.results.model_files import kept_folder
 from caltech_hpo.search.records import best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
@@ -23,6 +24,7 @@ from caltech_hpo.spec import Frozen
 if TYPE_CHECKING:
     from caltech_hpo.training.trained import TrainedModel
 
+MODEL = "model.safetensors"
 CHUNK = 256  # images that are decoded and in memory at a time
 
 
@@ -58,14 +60,18 @@ def find_model(study: str | None, place: Place, path: Path | None = None) -> Cho
     if study is None:
         raise UsageError("which model?", "give --study NAME, or --model FILE")
     records = trial_records(stored_study(place.storage, study))
-    scores = [row for row in ledger.scores(place.storage, study) if Path(row.model_file).is_file()]
+    scores = [
+        (row, folder)
+        for row in ledger.scores(place.storage, study)
+        if (folder := kept_folder(row.model_file, place.models)) and (folder / MODEL).is_file()
+    ]
     confirmation, best = confirmed(place.storage, study), best_record(records)
     wanted = confirmation.winner.trial if confirmation else best.number if best else None
-    winners = [row for row in scores if row.trial == wanted] or scores
+    winners = [(row, folder) for row, folder in scores if row.trial == wanted] or scores
     if winners:
-        row = winners[0]
+        row, folder = winners[0]
         words = f"final on trial {row.trial}, seed {row.seed}, fitted on {row.fit_on}"
-        return Chosen(read_trained(Path(row.model_file)), f"{words}, test top-1 {row.top1:.4f}")
+        return Chosen(read_trained(folder / MODEL), f"{words}, test top-1 {row.top1:.4f}")
     files = best_weights(place.best_weights, study)
     if files:
         number = int(files[0].stem.rpartition("trial")[2])

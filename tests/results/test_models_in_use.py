@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import write_folders, write_image, write_study
 from PIL import Image
+from typer.testing import CliRunner
 
+from caltech_hpo.cli.app import app
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.decode import decode_image
 from caltech_hpo.data.loading import load_search_data
@@ -185,3 +188,24 @@ def test_a_model_that_has_learned_the_validation_images_is_refused(place):
     both = type(chosen.model)(chosen.model.weights, recipe, chosen.model.classes)
     with pytest.raises(UsageError, match="knows them"):
         find_mistakes("demo", place, Chosen(both, "x"))
+
+
+def test_the_commands_answer(place, tmp_path):
+    def answer(*arguments, code=0):
+        done = CliRunner().invoke(app, [*map(str, arguments), "--home", str(place.home), "--json"])
+        if code:
+            assert done.exception is not None and done.exception.exit_code == code
+        else:
+            assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    image = write_image(tmp_path / "new.png", 12, hue=1)
+    shown = answer("predict", image, "--study", "demo", "--top", 1)
+    assert [one["classes"] for one in shown["images"]] == [["Bee"]]
+    (tmp_path / "broken.png").write_bytes(b"x")
+    shown = answer("predict", image, tmp_path / "broken.png", "--model", shown["model"], code=3)
+    assert [bool(one["problem"]) for one in shown["images"]] == [False, True]
+    found = answer("errors", "--study", "demo", "--data", place.data)
+    assert found["images"] == len(scan(place.data).validation) and Path(found["page"]).is_file()
+    made = answer("export", "--study", "demo", "--format", "torch-export", "--output", tmp_path / "demo.pt2")
+    assert made["classes"] == ["ant", "Bee", "cat"] and Path(made["file"]).is_file()
