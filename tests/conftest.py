@@ -24,7 +24,10 @@ def pytest_addoption(parser):
 
 
 # Files that take a minute and more come first: one that comes last keeps one core waiting.
-LONG = ("e2e", "faults", "test_bench", "test_transfer_rows", "test_executors", "test_maintenance")
+LONG = (
+    "e2e", "faults", "test_ray", "test_queue", "test_executors", "test_transfer_rows", "test_library",
+    "test_models_in_use", "test_bench", "test_maintenance",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

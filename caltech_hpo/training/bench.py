@@ -6,6 +6,7 @@ workers that are started anew for every epoch, float32, NCHW, no compilation.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -124,6 +125,8 @@ class Stock:
         loader = DataLoader(
             StockImages(files[:count], stock_transform(recipe, training=training)), recipe.batch_size,
             shuffle=training, num_workers=LOADER_WORKERS, pin_memory=self._device.type == "cuda",
+            # What a script gets, Linux forks: in this process, which was spawned, the default is to spawn.
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0],
         )  # fmt: skip
         self._model.train(training)
         with torch.set_grad_enabled(training):

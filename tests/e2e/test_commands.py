@@ -395,9 +395,9 @@ def test_a_transfer_study_runs_on_weights_in_torchvisions_cache(tmp_path):
 
 
 def test_a_smoke_run_on_the_real_images(caltech101, tmp_path):
-    document = answer("search", "--study", "alexnet-scratch", "--smoke", "--data", caltech101, cwd=tmp_path)
+    document = answer("search", "--study", "lite0-head", "--smoke", "--data", caltech101, cwd=tmp_path)
     assert document["smoke"] and document["finished"] == 2
-    assert 0 <= document["best"]["val_accuracy"] < 0.5  # two epochs cannot do more
+    assert 0.3 < document["best"]["val_accuracy"] < 0.95  # ImageNet's features, 300 images, two epochs
 
 
 def test_reading_commands_make_no_database(tmp_path):
@@ -415,5 +415,8 @@ def test_the_database_is_optunas(searched):
 
 def test_help_lists_every_command(tmp_path):
     shown = call("--help", cwd=tmp_path).stdout
-    for command in ("search", "confirm", "final", "report", "dashboard", "studies", "data", "models"):
+    for command in (
+        "init", "search", "confirm", "final", "report", "dashboard", "studies", "data", "models", "predict",
+        "export", "errors", "submit", "serve", "status", "cancel", "storage", "plan", "bench", "replay",
+    ):  # fmt: skip
         assert command in shown

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_folders
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
@@ -23,11 +24,13 @@ def call(*arguments, cwd, timeout=240):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("costs")
+    folder = tmp_path_factory.mktemp("costs")
+    write_folders(folder / "images", images=24)
+    return folder
 
 
 def test_a_plan_and_what_search_says_first(folder):
-    done = call("plan", "--study", "demo", "--trials", 3, "--json", cwd=folder)
+    done = call("plan", "--study", "demo", "--data", "images", "--trials", 3, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not (folder / "storage" / "studies.db").exists()  # nothing was begun
@@ -36,14 +39,16 @@ def test_a_plan_and_what_search_says_first(folder):
     assert {kind["batch_size"] for kind in found["kinds"]} == {32, 64, 128}
     assert all(kind["epoch_seconds"] > 0 for kind in found["kinds"])
     assert found["memory"] > 1 << 26 and found["disk"]["pixels"] > 0 and found["disk"]["weights"] > 40e6
-    done = call("search", "--study", "demo", "--trials", 1, cwd=folder)
+    done = call("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "1 trials in about" in done.stderr and "80% likely" in done.stderr
     assert done.stderr.index("trials in about") < done.stderr.index("trial 0 starts")
 
 
 def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
-    done = call("search", "--study", "demo@small", "--trials", 2, "--memory", 0.05, cwd=folder)
+    done = call(
+        "search", "--study", "demo@small", "--data", "images", "--trials", 2, "--memory", 0.05, cwd=folder
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "out of memory: 2 images at a time need about" in done.stderr and "--memory" in done.stderr
 

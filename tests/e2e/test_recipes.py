@@ -6,10 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from helpers import write_folders
+
+from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.errors import UsageError
+from caltech_hpo.search.inline import InlineExecutor
+from caltech_hpo.search.messages import WorkerConfig
+from caltech_hpo.search.space import most_demanding
+from caltech_hpo.study_files import parse_study
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 STUDY = """# everything at once
@@ -67,15 +76,13 @@ def answer(*arguments, cwd):
 
 
 def test_more_frozen_blocks_than_there_are_is_refused_before_the_first_trial(tmp_path):
-    write_folders(tmp_path / "images", images=6)
-    (tmp_path / "studies").mkdir()
+    data = load_search_data(scan(write_folders(tmp_path / "images", images=6)), 72, tmp_path / "cache")
     text = STUDY.format(
         architecture="timm/mobilenetv3_small_050", freeze="none", more="frozen_blocks = { low = 0, high = 9 }"
     )
-    (tmp_path / "studies" / "mine.toml").write_text(text)
-    done = call("search", "--study", "mine", "--trials", 1, "--data", "images", cwd=tmp_path)
-    assert done.returncode == 2 and "has 7 blocks" in done.stderr
-    assert "trial 0" not in done.stderr
+    spec = parse_study(tomllib.loads(text), name="mine")
+    with pytest.raises(UsageError, match="has 7 blocks"):
+        InlineExecutor(WorkerConfig(data, "cpu", 1, most_demanding(spec)))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,7 @@ def test_more_frozen_blocks_than_there_are_is_refused_before_the_first_trial(tmp
     ],
 )
 def test_a_search_over_the_whole_recipe(tmp_path, architecture, freeze, more, kept):
-    write_folders(tmp_path / "images", images=18)
+    write_folders(tmp_path / "images", images=12)
     (tmp_path / "studies").mkdir()
     text = STUDY.format(architecture=architecture, freeze=freeze, more=more)
     (tmp_path / "studies" / "mine.toml").write_text(text)
@@ -97,7 +104,7 @@ def test_a_search_over_the_whole_recipe(tmp_path, architecture, freeze, more, ke
     # training and validation, each plain and (training: if a trial asked for it) mirrored
     assert len(features) in ({3, 4} if kept else {0})
     final = answer("final", "--study", "mine", *data, cwd=tmp_path)
-    assert 0 <= final["test_accuracy_flip"] <= 1 and final["test_images"] == 18
+    assert 0 <= final["test_accuracy_flip"] <= 1 and final["test_images"] == 12
     report = answer("report", "--study", "mine", cwd=tmp_path)
     rows = {row["trial"]: row for row in report["rows"]}
     assert rows[final["trial"]]["test_accuracy_flip"] == final["test_accuracy_flip"]

@@ -17,7 +17,7 @@ import pytest
 from helpers import write_folders
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-VALUES = "batch_size=32,augmentation=random_crop,epochs=14"
+VALUES = "batch_size=32,augmentation=random_crop,epochs=9"
 SEARCH = (
     "search", "--study", "demo", "--data", "images", "--no-baselines", "--no-pruning",
     "--enqueue", f"learning_rate=0.01,{VALUES}", "--enqueue", f"learning_rate=0.02,{VALUES}", "--trials", "2",

@@ -141,7 +141,7 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
         return [one["state"] for one in call("status")["queue"]]
 
     short = "learning_rate=0.01,epochs=2,batch_size=32,augmentation=center_crop"
-    long = short.replace("epochs=2", "epochs=20")
+    long = short.replace("epochs=2", "epochs=12")
     for values in (short, long):
         options = ["--data", str(images), "--no-baselines", "--enqueue", values]
         call("submit", "--study", "demo" if values == short else "demo@2", "--trials", "1", *options)
@@ -160,7 +160,7 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
         )  # fmt: skip
         assert refused.returncode == 4 and "another serve" in refused.stderr
         log = tmp_path / "storage" / "logs" / "submission-2.log"
-        while not (log.exists() and " epoch 2/20" in log.read_text()):
+        while not (log.exists() and " epoch 2/12" in log.read_text()):
             assert first.poll() is None
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
