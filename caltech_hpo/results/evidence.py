@@ -85,9 +85,12 @@ def known_configurations(records: Sequence[TrialRecord]) -> set[str]:
 def confirmation(study: optuna.Study, records: Sequence[TrialRecord], place: Place) -> Confirmed | None:
     """The confirmed winner; None while no finalist of this study was trained again."""
     made = confirmed(place.storage, study.study_name)
-    known = {record.recipe.configuration for record in records if record.recipe}
-    if made is None or made.winner.configuration not in known:  # of a study that was deleted
+    if made is None:
         return None
+    if not any(
+        record.recipe and record.recipe.configuration == made.winner.configuration for record in records
+    ):
+        return None  # of a study that was deleted
     low, high = made.winner.ci95 or (None, None)
     return Confirmed(
         trial=made.winner.trial, configuration=made.winner.configuration, seeds=len(made.seeds),

@@ -74,14 +74,7 @@ def trial_record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
 
 def trial_records(study: optuna.Study) -> list[TrialRecord]:
     """All trials of a study, by number."""
-    from optuna.storages import RDBStorage
-
-    storage = getattr(study._storage, "_backend", study._storage)  # Optuna puts a cache in front of it
-    if not isinstance(storage, RDBStorage):
-        return [trial_record(trial) for trial in study.get_trials(deepcopy=False)]
-    from caltech_hpo.search.tables import read_trials
-
-    return [trial_record(trial) for trial in read_trials(storage.engine, study._study_id)]
+    return [trial_record(trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def best_record(records: list[TrialRecord]) -> TrialRecord | None:

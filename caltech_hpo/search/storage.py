@@ -59,6 +59,8 @@ def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.stor
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
+    from caltech_hpo.search.rdb import StudyStorage
+
     optuna.logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     options: dict[str, Any] = {"pool_pre_ping": True}
@@ -66,7 +68,7 @@ def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.stor
         options["connect_args"] = {"timeout": BUSY_TIMEOUT}
     fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
     try:
-        return optuna.storages.RDBStorage(
+        return StudyStorage(
             url, engine_kwargs=options, skip_table_creation=not create, skip_compatibility_check=any_schema
         )
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:

@@ -56,7 +56,7 @@ class WriteThroughStorage(InMemoryStorage):
             self.set_study_user_attr(study, key, value)
         for key, value in database.get_study_system_attrs(self._database_study).items():
             self.set_study_system_attr(study, key, value)
-        for trial in tables.read_trials(database.engine, self._database_study):
+        for trial in database.get_all_trials(self._database_study, deepcopy=False):
             self.create_new_trial(study, trial)
             self._stored_ids.append(trial._trial_id)
         self._reading = False
