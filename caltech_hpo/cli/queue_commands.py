@@ -65,15 +65,16 @@ def submit(
 
     Example: caltech-hpo submit --study alexnet-scratch --trials 40
     """
+    from caltech_hpo.results.work_queue import Options
     from caltech_hpo.results.work_queue import submit as submitted
     from caltech_hpo.search.request import SearchRequest, resolve_spec
 
     resolve_spec(SearchRequest(study, trials, enqueue=parse_params(enqueue or [])))
-    options = ["--data", str(data.absolute())] if data is not None else []
-    options += ["--seed", str(seed)] if seed is not None else []
-    options += [part for text in enqueue or [] for part in ("--enqueue", text)]
-    options += ["--no-baselines"] if no_baselines else []
-    made = submitted(place_of(home, storage).storage, study, trials, tuple(options))
+    options = Options(
+        data=None if data is None else str(data.absolute()), seed=seed, enqueue=tuple(enqueue or ()),
+        baselines=not no_baselines,
+    )  # fmt: skip
+    made = submitted(place_of(home, storage).storage, study, trials, options)
     answer(
         made.model_dump(mode="json"), as_json,
         f"submission {made.id}: study {study}, {trials} trials; 'caltech-hpo status' shows it",

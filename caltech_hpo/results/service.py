@@ -63,9 +63,9 @@ class Service:
         """Runs the search; its exit code, and why we ended it: "stop", "cancel", or "" if it ended itself."""
         storage, why = open_storage(self.place.storage), ""
         command = [
-            sys.executable, "-m", "caltech_hpo.cli", "search", "--study", found.study,
-            "--trials", str(found.trials), "--workers", str(self.workers), "--device", self.device,
-            "--home", str(self.place.home), *found.options,
+            sys.executable, "-m", "caltech_hpo.cli", "search", f"--study={found.study}",
+            f"--trials={found.trials}", f"--workers={self.workers}", f"--device={self.device}",
+            f"--home={self.place.home}", *found.options.arguments(),
         ]  # fmt: skip
         # The URL may hold a password: no process list may show it.
         environment = os.environ | {"CALTECH_HPO_STORAGE": self.place.storage}

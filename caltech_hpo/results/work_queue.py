@@ -38,10 +38,28 @@ work_queue = Table(
 )
 
 
+class Options(Frozen):
+    """Options of `search` that whoever submits may choose; the others are serve's.
+
+    `data` is a folder on serve's machine; `enqueue` as --enqueue takes it.
+    """
+
+    data: str | None = None
+    seed: int | None = None
+    enqueue: tuple[str, ...] = ()
+    baselines: bool = True
+
+    def arguments(self) -> list[str]:
+        """As `search` takes them; no value can be read as another option."""
+        given = {"--data": self.data, "--seed": self.seed}
+        made = [f"{name}={value}" for name, value in given.items() if value is not None]
+        made += [f"--enqueue={text}" for text in self.enqueue]
+        return made if self.baselines else [*made, "--no-baselines"]
+
+
 class Submission(Frozen):
     """A search that was asked for: the study shall have `trials` finished ones.
 
-    `options` are those of `search`, "--data" for example, in the order in which they are given to it.
     `cancel` says that it shall end; `message` says why it failed or waits. Times are UTC in ISO format,
     "" before they come.
     """
@@ -49,7 +67,7 @@ class Submission(Frozen):
     id: int
     study: str
     trials: int
-    options: tuple[str, ...]
+    options: Options
     state: JobState
     cancel: bool
     message: str
@@ -64,13 +82,13 @@ class Submission(Frozen):
         return self.state in ("done", "failed", "cancelled")
 
 
-def submit(url: str, study: str, trials: int, options: tuple[str, ...] = ()) -> Submission:
+def submit(url: str, study: str, trials: int, options: Options | None = None) -> Submission:
     """Puts a search at the end of the queue."""
     storage = open_storage(url)
     create(storage.engine, work_queue)
     values: dict[str, Any] = {
-        "study": study, "trials": trials, "options": json.dumps(options), "state": "waiting", "cancel": 0,
-        "message": "", "submitted_by": f"{getpass.getuser()}@{socket.gethostname()}", "submitted_at": now(),
+        "study": study, "trials": trials, "options": (options or Options()).model_dump_json(),
+        "state": "waiting", "cancel": 0, "message": "", "submitted_by": f"{getpass.getuser()}@{socket.gethostname()}", "submitted_at": now(),
         "began_at": "", "ended_at": "",
     }  # fmt: skip
     with writing(storage.engine).begin() as connection:
@@ -137,5 +155,5 @@ def change(engine: Engine, number: int, **values: Any) -> None:
 def _submission(row: Row[Any]) -> Submission:
     values = dict(row._mapping)
     return Submission.model_validate(
-        {**values, "options": tuple(json.loads(values["options"])), "cancel": bool(values["cancel"])}
+        {**values, "options": json.loads(values["options"]), "cancel": bool(values["cancel"])}
     )

@@ -19,7 +19,15 @@ from typer.testing import CliRunner
 from caltech_hpo.errors import SpecError, UsageError
 from caltech_hpo.results import service
 from caltech_hpo.results.status import read_status
-from caltech_hpo.results.work_queue import cancel, change, next_submission, submission, submissions, submit
+from caltech_hpo.results.work_queue import (
+    Options,
+    cancel,
+    change,
+    next_submission,
+    submission,
+    submissions,
+    submit,
+)
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
@@ -34,8 +42,11 @@ def place(tmp_path):
 
 def test_the_oldest_comes_first_and_what_ran_before_all(place):
     assert submissions(place.storage) == []
-    first, second, third = (submit(place.storage, "demo", trials, ("--seed", "1")) for trials in (1, 2, 3))
-    assert (first.options, first.state, first.cancel) == (("--seed", "1"), "waiting", False)
+    first, second, third = (
+        submit(place.storage, "demo", trials, Options(seed=1, enqueue=("a=1",))) for trials in (1, 2, 3)
+    )
+    assert (first.state, first.cancel) == ("waiting", False)
+    assert first.options.arguments() == ["--seed=1", "--enqueue=a=1"]
     storage = open_storage(place.storage)
     assert next_submission(storage) == first
     change(storage.engine, third.id, state="running")
