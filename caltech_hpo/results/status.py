@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
 from caltech_hpo.results.work_queue import Submission, submissions
 from caltech_hpo.search.changes import SPEC_ATTR
-from caltech_hpo.search.records import best_record, finished_count, trial_records
+from caltech_hpo.search.records import TrialRecord, trial_record
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import find_study, open_existing, study_names
+from caltech_hpo.search.storage import open_existing, study_names
 from caltech_hpo.spec import Frozen
 
 
@@ -43,26 +48,32 @@ def read_status(place: Place, *, ended: int = 5) -> Status:
     over = [one for one in everything if one.ended]
     shown = tuple(one for one in everything if not one.ended or one in over[len(over) - ended :])
     storage = open_existing(place.storage)
-    studies = []
-    for name in study_names(storage):
-        study = find_study(storage, name)
-        if study is not None and SPEC_ATTR in study.user_attrs:
-            records = trial_records(study)
-            best = best_record(records)
-            running = tuple(
-                RunningTrial(
-                    number=record.number, epoch=len(record.epochs),
-                    epochs=record.recipe.epochs if record.recipe else 0,
-                    validation=record.epochs[-1].validation_top1 if record.epochs else None,
-                )
-                for record in records if record.state == "running"
-            )  # fmt: skip
-            studies.append(
-                StudyStatus(
-                    study=name, finished=finished_count(records),
-                    failed=sum(record.state == "failed" for record in records),
-                    best_trial=best.number if best else None, best=best.value if best else None,
-                    running=running,
-                )
-            )  # fmt: skip
-    return Status(queue=shown, studies=tuple(studies))
+    names = study_names(storage)
+    studies = [_status(storage, name) for name in names] if storage is not None else []
+    return Status(queue=shown, studies=tuple(study for study in studies if study is not None))
+
+
+def _status(storage: RDBStorage, name: str) -> StudyStatus | None:
+    """Counted by the database, so that a long study can be watched; None for other programs' studies."""
+    study_id = storage.get_study_id_from_name(name)
+    if SPEC_ATTR not in storage.get_study_user_attrs(study_id):
+        return None
+    best = None
+    with contextlib.suppress(ValueError):  # no trial is complete
+        best = storage.get_best_trial(study_id)
+    running = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    return StudyStatus(
+        study=name,
+        finished=storage.get_n_trials(study_id, (TrialState.COMPLETE, TrialState.PRUNED)),
+        failed=storage.get_n_trials(study_id, (TrialState.FAIL,)),
+        best_trial=best.number if best else None,
+        best=best.value if best else None,
+        running=tuple(_running(trial_record(trial)) for trial in running),
+    )
+
+
+def _running(record: TrialRecord) -> RunningTrial:
+    return RunningTrial(
+        number=record.number, epoch=len(record.epochs), epochs=record.recipe.epochs if record.recipe else 0,
+        validation=record.epochs[-1].validation_top1 if record.epochs else None,
+    )  # fmt: skip

@@ -88,13 +88,22 @@ def submit(url: str, study: str, trials: int, options: Options | None = None) ->
     create(storage.engine, work_queue)
     values: dict[str, Any] = {
         "study": study, "trials": trials, "options": (options or Options()).model_dump_json(),
-        "state": "waiting", "cancel": 0, "message": "", "submitted_by": f"{getpass.getuser()}@{socket.gethostname()}", "submitted_at": now(),
+        "state": "waiting", "cancel": 0, "message": "", "submitted_by": _somebody(), "submitted_at": now(),
         "began_at": "", "ended_at": "",
     }  # fmt: skip
     with writing(storage.engine).begin() as connection:
         key = connection.execute(work_queue.insert().values(values)).inserted_primary_key
     assert key is not None, "id is generated"
     return submission(storage, key[0])
+
+
+def _somebody() -> str:
+    """Who submits."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = "somebody"
+    return f"{user}@{socket.gethostname()}"
 
 
 def submissions(url: str) -> list[Submission]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -53,7 +53,7 @@ class RayExecutor:
         self._pixels: dict[Path, Any] = {}
         self._ready_refs: list[Any] = []
         self._actors: list[_Actor] = []
-        self._config = config
+        self._config = _absolute(config)  # actors have a folder of their own
         self._begun = not self._ray.is_initialized()
         if self._begun:
             self._connect(workers)
@@ -125,8 +125,11 @@ class RayExecutor:
         """Sends the job, with its checkpoint, to the first free worker."""
         actor = next(actor for actor in self._actors if actor.job is None)
         files: Files = {}
-        if isinstance(job, Job) and job.checkpoint is not None and job.checkpoint.exists():
-            files[job.checkpoint] = job.checkpoint.read_bytes()
+        if isinstance(job, Job):
+            keep, checkpoint = (path and path.absolute() for path in (job.keep, job.checkpoint))
+            job = replace(job, keep=keep, checkpoint=checkpoint)
+            if checkpoint is not None and checkpoint.exists():
+                files[checkpoint] = checkpoint.read_bytes()
         actor.job = job
         actor.waiting = actor.handle.submit.remote(job, files)
 
@@ -199,3 +202,12 @@ class RayExecutor:
         self._mark.unlink(missing_ok=True)
         if self._begun:
             self._ray.shutdown()
+
+
+def _absolute(config: WorkerConfig) -> WorkerConfig:
+    """The same with absolute paths."""
+    data = replace(
+        config.data, training_cache=config.data.training_cache.absolute(),
+        validation_cache=config.data.validation_cache.absolute(),
+    )  # fmt: skip
+    return replace(config, data=data, features=config.features and config.features.absolute())
