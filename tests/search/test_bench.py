@@ -10,6 +10,7 @@ from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.search.bench import _speeds, bench_recipe, fitting_batch_size, measure_speed
 from caltech_hpo.search.bench_study import measure_study
 from caltech_hpo.search.overhead import measure_overhead
+from caltech_hpo.search.reporters import measure_reports
 from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import Hyperparameters
 from caltech_hpo.training.bench import BenchTask, Ours, Stock, Timing
@@ -98,6 +99,15 @@ def test_what_searching_costs_is_counted_on_thirty_epochs(tmp_path):
     assert (found.trials, found.measured, found.epochs) == (5, 5, 30)
     assert found.ours_ms > 0 and found.optuna_ms > 0 and shown == [(n, 5) for n in range(1, 6)]
     assert not list(tmp_path.iterdir())
+
+
+def test_simulated_workers_report_once_a_second_and_nothing_is_left(tmp_path):
+    shown = []
+    held = measure_reports(None, tmp_path, 20, 1.5, "random", lambda *what: shown.append(what))
+    assert (held.database, held.sampler, held.workers, held.offered) == ("sqlite", "random", 20, 20.0)
+    assert held.trials == 20 and 0 < held.held <= 45  # a first report within a second, then one a second
+    assert 0 <= held.sampling + held.writing + held.idle <= 1.05 and held.late >= 0
+    assert shown and not list(tmp_path.iterdir())
 
 
 def test_the_batch_is_what_stock_can_hold(monkeypatch):
