@@ -178,7 +178,7 @@ def errors(
     from caltech_hpo.results.predict import find_model
 
     place = place_of(home, storage, data)
-    chosen = find_model(study, place, model)
+    chosen = find_model(study, place, model, held_out=True)
     say(f"model: {chosen.words}")
     with goes_on(), progress_bars() as bars:
         found = find_mistakes(

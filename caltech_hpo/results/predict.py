@@ -48,8 +48,12 @@ class Chosen:
     words: str
 
 
-def find_model(study: str | None, place: Place, path: Path | None = None) -> Chosen:
+def find_model(
+    study: str | None, place: Place, path: Path | None = None, *, held_out: bool = False
+) -> Chosen:  # fmt: skip
     """The model at `path`, or a study's: what `final` trained of its winner, else its best trial's.
+
+    With `held_out` none that was trained on the validation images too.
 
     Raises UsageError for an unknown study, or one that has left no weights; WeightsError for a faulty file.
     """
@@ -63,7 +67,9 @@ def find_model(study: str | None, place: Place, path: Path | None = None) -> Cho
     scores = [
         (row, folder)
         for row in ledger.scores(place.storage, study)
-        if (folder := kept_folder(row.model_file, place.models)) and (folder / MODEL).is_file()
+        if not (held_out and row.fit_on != "train")
+        and (folder := kept_folder(row.model_file, place.models))
+        and (folder / MODEL).is_file()
     ]
     confirmation, best = confirmed(place.storage, study), best_record(records)
     wanted = confirmation.winner.trial if confirmation else best.number if best else None
