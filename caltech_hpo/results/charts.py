@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import optuna
 
 METRIC = "validation accuracy"
+BLUES = [[0.0, "#9ecae1"], [0.5, "#3182bd"], [1.0, "#08306b"]]
 HISTORY, PARALLEL, IMPORTANCE = "history", "parallel", "importance"
 
 
@@ -76,6 +77,8 @@ def _plotly(kind: str, study: optuna.Study) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure = _plot(kind, optuna.visualization, study)
+    # Optuna's scale begins with a blue that is nearly white.
+    figure.update_traces(line_colorscale=BLUES, selector={"type": "parcoords"})
     figure.update_layout(
         title=None, template="plotly_white", margin={"l": 60, "r": 30, "t": 50, "b": 50},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
