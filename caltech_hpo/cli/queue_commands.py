@@ -172,7 +172,7 @@ def serve(
 
     place = place_of(home.absolute(), storage)
     stop = StopSignals("stopping: the search saves a checkpoint and pauses; once more stops at once")
-    with study_lock(place.storage, place.home, "serve", "serve on this database"), stop.caught():
+    with study_lock(place.storage, place.home, "+serve", "serve on this database"), stop.caught():
         application, listening = open_dashboard(place, host, port, allow_host, writable=writable)
         pages = threading.Thread(
             target=serve_pages, args=(application, listening), kwargs={"writable": writable}, daemon=True

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+PARENT = "CALTECH_HPO_ENDS_WITH"  # serve's process id, in the environment of its searches
 SIGNAL_EXIT = 128  # plus the signal's number: what a shell reports
 PAUSING = "pausing: the batch is finished and a checkpoint saved; once more stops at once"
 
@@ -18,11 +19,15 @@ class StopSignals:
     def __init__(self, message: str = PAUSING) -> None:
         """`message` is what the first one is answered."""
         self._message = f"\n{message}\n".encode()
+        parent = os.environ.get(PARENT, "")
+        self._parent = int(parent) if parent.isdigit() else None
         self._count = 0
         self.exit_code = 0
 
     def asked(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come, or the process is gone with which this one is to end."""
+        if self._parent is not None and os.getppid() != self._parent and not self._count:
+            self._count, self.exit_code = 1, SIGNAL_EXIT + signal.SIGTERM
         return self._count > 0
 
     @contextmanager

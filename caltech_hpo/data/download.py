@@ -117,6 +117,7 @@ def check_md5(path: Path, expected: str, *, downloaded: bool, progress: Progress
 
 def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> None:
     """Unpacks the class folders of the zip (or of its inner tar.gz) into `target`, all or nothing."""
+    remove_leftovers(target.parent, "unpack-")
     temporary = Path(tempfile.mkdtemp(prefix="unpack-", dir=target.parent))
     try:
         if zipfile.is_zipfile(archive):
@@ -142,6 +143,13 @@ def unpack(archive: Path, target: Path, *, progress: Progress | None = None) -> 
         raise DataError(f"{archive}: cannot be unpacked: {error}", "fetch the archive again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Removes what a killed process has left; the lock must be held under which it is made."""
+    for left in folder.glob(f"{prefix}*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _extract_tar(stream: IO[bytes], folder: Path, progress: Progress | None) -> None:
@@ -184,6 +192,7 @@ def write_demo(datasets: Path, *, progress: Progress | None = None) -> Path:
     with FileLock(datasets / "demo.lock"):
         if target.is_dir():
             return target
+        remove_leftovers(datasets, "demo-")
         temporary = Path(tempfile.mkdtemp(prefix="demo-", dir=datasets))
         for number, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True), start=1):
             folder = temporary / f"digit_{digit}"

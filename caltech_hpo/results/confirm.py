@@ -146,7 +146,7 @@ def open_confirm(
     if len(chosen) < finalists:
         say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
     recipes = {record.number: record.recipe for record in records}
-    with study_lock(place.storage, place.home, f"confirm-{name}", f"confirm of study '{name}'"):
+    with study_lock(place.storage, place.home, f"+confirm-{name}", f"confirm of study '{name}'"):
         storage = open_storage(place.storage)
         before, stored = requests(storage, name), runs(storage, name)
         earlier = before[0].seeds if before else ()

@@ -82,6 +82,16 @@ def known_configurations(records: Sequence[TrialRecord]) -> set[str]:
     return found
 
 
+def of_trials(rows: Sequence[ScoreRow], records: Sequence[TrialRecord]) -> list[ScoreRow]:
+    """The scores of configurations that are among the trials.
+
+    Others are of a study that was deleted: they still say how often the test set was used, and nothing of
+    the study that now has its name.
+    """
+    known = known_configurations(records)
+    return [row for row in rows if row.configuration in known]
+
+
 def confirmation(study: optuna.Study, records: Sequence[TrialRecord], place: Place) -> Confirmed | None:
     """The confirmed winner; None while no finalist of this study was trained again."""
     made = confirmed(place.storage, study.study_name)

@@ -45,7 +45,7 @@ def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
     was scored meanwhile; StorageError while another `final` of the study runs.
     """
     what = f"final training of study '{plan.study}'"
-    with study_lock(plan.place.storage, plan.place.home, f"final-{plan.study}", what):
+    with study_lock(plan.place.storage, plan.place.home, f"+final-{plan.study}", what):
         left = read_score(plan.unfinished, plan.study, plan.record)
         if left is not None:
             ledger.record(plan.place.storage, left)

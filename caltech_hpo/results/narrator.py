@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from caltech_hpo.results import ledger
-from caltech_hpo.results.evidence import by_configuration, confirmation
+from caltech_hpo.results.evidence import by_configuration, confirmation, of_trials
 from caltech_hpo.results.ledger import ScoreRow
 from caltech_hpo.results.model_files import kept_folder
 from caltech_hpo.results.plots import png, training_curves
@@ -135,7 +135,7 @@ class Narrator:
         self, study: optuna.Study, document: Documents, spec: StudySpec, records: list[TrialRecord]
     ) -> None:
         name = study.study_name
-        rows = ledger.scores(self._place.storage, name)
+        rows = of_trials(ledger.scores(self._place.storage, name), records)
         if not document["note"]["body"]:
             made = study_note(
                 name, spec, records, confirmed=confirmation(study, records, self._place),

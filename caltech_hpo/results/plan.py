@@ -154,7 +154,8 @@ def check_again(
         f"{last.study}, "
         f"fitted on {last.fit_on}, top-1 {last.top1:.4f}, {last.taken_at}. Choosing between scores "
         "makes a test set a second validation set",
-        f'to score trial {trial} all the same, say why; every report will show it: --again "reason"',
+        f"to score trial {trial} all the same, say why (that the study is on other images now, for example); "
+        'every report will show it: --again "reason"',
     )
 
 

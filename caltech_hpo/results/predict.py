@@ -14,6 +14,7 @@ from caltech_hpo.data.folders import is_class_name, is_image_name
 from caltech_hpo.errors import DataError, UsageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
+from caltech_hpo.results.evidence import of_trials
 from caltech_hpo.results.model_files import kept_folder
 from caltech_hpo.search.records import best_record, trial_records
 from caltech_hpo.search.request import Place
@@ -66,7 +67,7 @@ def find_model(
     records = trial_records(stored_study(place.storage, study))
     scores = [
         (row, folder)
-        for row in ledger.scores(place.storage, study)
+        for row in of_trials(ledger.scores(place.storage, study), records)
         if not (held_out and row.fit_on != "train")
         and (folder := kept_folder(row.model_file, place.models))
         and (folder / MODEL).is_file()
@@ -78,12 +79,13 @@ def find_model(
         row, folder = winners[0]
         words = f"final on trial {row.trial}, seed {row.seed}, fitted on {row.fit_on}"
         return Chosen(read_trained(folder / MODEL), f"{words}, test top-1 {row.top1:.4f}")
-    files = best_weights(place.best_weights, study)
-    if files:
-        number = int(files[0].stem.rpartition("trial")[2])
-        value = next((record.value for record in records if record.number == number), None)
-        score = "" if value is None else f", validation top-1 {value:.4f}"
-        return Chosen(read_trained(files[0]), f"the search's best, trial {number}{score}")
+    for file in best_weights(place.best_weights, study):
+        number = int(file.stem.rpartition("trial")[2])
+        record = next((record for record in records if record.number == number), None)
+        trained = read_trained(file)
+        if record is not None and record.recipe is not None and record.recipe.hash == trained.recipe.hash:
+            words = f"the search's best, trial {number}, validation top-1 {record.value or 0.0:.4f}"
+            return Chosen(trained, words)
     raise UsageError(
         f"study '{study}' has left no weights in {place.models}",
         f"run 'caltech-hpo final --study {study}', or give --model FILE",

@@ -9,7 +9,7 @@ from typing import Any
 
 from caltech_hpo.results import ledger
 from caltech_hpo.results.analysis import Importance, importances
-from caltech_hpo.results.evidence import Confirmed, confirmation
+from caltech_hpo.results.evidence import Confirmed, confirmation, of_trials
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plots import draw_study_curves
 from caltech_hpo.search.changes import study_spec
@@ -71,7 +71,7 @@ def make_report(name: str, place: Place) -> Report:
     spec = study_spec(study)
     records = trial_records(study)
     scores, family = ledger.scores(place.storage, name), ledger.family_scores(place.storage, name)
-    finals = tuple(score.result for score in scores)
+    finals = tuple(score.result for score in of_trials(scores, records))
     best = best_record(records)
     curves, problem = None, ""
     if any(record.epochs for record in records):

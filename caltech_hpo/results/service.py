@@ -39,8 +39,9 @@ class Service:
         storage = open_storage(self.place.storage)
         not_before: dict[int, float] = {}
         while not stop():
-            found = next_submission(storage)
-            if found is None or time.monotonic() < not_before.get(found.id, 0.0):
+            held = {number for number, when in not_before.items() if time.monotonic() < when}
+            found = next_submission(storage, besides=held)
+            if found is None:
                 time.sleep(LOOK_EVERY)
                 continue
             if found.cancel:
@@ -68,7 +69,10 @@ class Service:
             f"--home={self.place.home}", *found.options.arguments(),
         ]  # fmt: skip
         # The URL may hold a password: no process list may show it.
-        environment = os.environ | {"CALTECH_HPO_STORAGE": self.place.storage}
+        environment = os.environ | {
+            "CALTECH_HPO_STORAGE": self.place.storage,
+            "CALTECH_HPO_ENDS_WITH": str(os.getpid()),  # killed, we cannot ask it to pause
+        }
         with self._log(found) as log, subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,  # a Ctrl-C reaches us alone: we pause it

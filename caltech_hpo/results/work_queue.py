@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Column, Engine, Integer, MetaData, Row, String, Table, Text, select, update
@@ -145,12 +146,16 @@ def cancel(url: str, number: int) -> Submission:
     return submission(storage, number)
 
 
-def next_submission(storage: RDBStorage) -> Submission | None:
-    """The one to run now: what a `serve` that is gone left running, then the oldest that waits."""
+def next_submission(storage: RDBStorage, besides: Collection[int] = ()) -> Submission | None:
+    """The one to run now: what a `serve` that is gone left running, then the oldest that waits.
+
+    Those `besides`, whose study somebody else searches, are passed over.
+    """
     with storage.engine.connect() as connection:
         if not has_table(connection, work_queue):
             return None
         query = select(work_queue).where(work_queue.c.state.in_(("running", "waiting")))
+        query = query.where(work_queue.c.id.not_in(besides))
         row = connection.execute(query.order_by(work_queue.c.state, work_queue.c.id)).first()
     return None if row is None else _submission(row)
 

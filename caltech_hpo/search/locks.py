@@ -41,6 +41,8 @@ def lock_path(url: str, home: Path, name: str) -> Path:
 def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
     """Holds the lock `name` in the study database; yields a check that it is still held.
 
+    A study's search is named after it; other names begin with "+", as no study's does.
+
     PostgreSQL has locks that end with their connection; elsewhere it is a file's. Raises StorageError,
     saying which other `what` runs where, if a process holds it; the check, if it was lost to another one.
     """

@@ -50,6 +50,8 @@ def sqlite_path(url: str) -> Path | None:
     parsed = parse_url(url)
     if not parsed.drivername.startswith("sqlite"):
         return None
+    if parsed.query and not (parsed.database or "").startswith("file:"):
+        raise StorageError("--storage: a SQLite URL takes no options ('?...')", "write sqlite:///FILE")
     if not parsed.database or parsed.database == ":memory:":
         raise StorageError("--storage: a SQLite database in memory keeps nothing", "write sqlite:///FILE")
     return Path(parsed.database)

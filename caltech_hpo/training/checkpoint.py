@@ -41,10 +41,14 @@ def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, st
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads what `save_weights` wrote, every key required."""
+    """Reads what `save_weights` wrote, every key required. Raises RuntimeError for anything else."""
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(path), strict=True)
+    found, own = load_file(path), model.state_dict()
+    other = [name for name, value in found.items() if name in own and value.dtype != own[name].dtype]
+    if other:  # torch would convert, and integers are no weights
+        raise RuntimeError(f"{other[0]} is {found[other[0]].dtype}, not {own[other[0]].dtype}")
+    model.load_state_dict(found, strict=True)
 
 
 def weights_metadata(path: Path) -> dict[str, str]:

@@ -71,8 +71,10 @@ def read_trained(path: Path) -> TrainedModel:
     try:
         document = json.loads(text if text is not None else beside.read_text(encoding="utf-8"))
         recipe, classes = Recipe.model_validate(document["recipe"]), tuple(map(str, document["classes"]))
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise WeightsError(f"{path}: does not say which model and classes it holds", fix) from error
+    if not all(name.isprintable() for name in classes):  # they will be shown on a terminal
+        raise WeightsError(f"{path}: names classes with control characters", fix)
     if len(classes) != recipe.classes:
         raise WeightsError(f"{path}: names {len(classes)} classes of {recipe.classes}", fix)
     return TrainedModel(path, recipe, classes)
@@ -111,4 +113,7 @@ def probabilities(model: nn.Module, recipe: Recipe, images: Sequence[Pixels], de
             with autocast(device, precision):
                 found.append(model(batch).float().softmax(1).cpu())
         views.append(torch.cat(found))
-    return torch.stack(views).mean(0)
+    mean = torch.stack(views).mean(0)
+    if not mean.isfinite().all():
+        raise WeightsError("the model's answers are not numbers", "its weights are damaged: train it again")
+    return mean

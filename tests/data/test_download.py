@@ -14,7 +14,7 @@ import pytest
 from helpers import write_folders
 
 from caltech_hpo.data.dataset import scan
-from caltech_hpo.data.download import download, fetch_caltech101, write_demo
+from caltech_hpo.data.download import download, fetch_caltech101, remove_leftovers, write_demo
 from caltech_hpo.errors import DataError
 
 
@@ -65,6 +65,13 @@ def server(archive):
     state["url"] = f"http://127.0.0.1:{served.server_port}/caltech-101.zip"
     yield state
     served.shutdown()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / "unpack-abc" / "deep").mkdir(parents=True)
+    (tmp_path / "unpack-file").write_text("stays")
+    remove_leftovers(tmp_path, "unpack-")
+    assert [path.name for path in tmp_path.iterdir()] == ["unpack-file"]
 
 
 def test_a_download_resumes_and_is_unpacked(tmp_path, archive, server):

@@ -29,7 +29,7 @@ from caltech_hpo.search.urls import default_url
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 TRIALS, WORKERS = 30, 2
-MOST_SHOWN = 13  # acknowledgements between two kills
+MOST_SHOWN = 20  # acknowledgements between two kills
 LONGEST = 240.0  # seconds that a search may take without showing anything
 EPOCH = re.compile(r"trial (\d+) epoch (\d+)/\d+: .*?validation (\d\.\d+)")
 ENDED = re.compile(r"trial (\d+) (complete|pruned|failed)(?::[^,]*)?.*, best validation")

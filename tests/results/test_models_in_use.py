@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import EpochDone, Finished, Job, WorkerConfig
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.request import Place
-from caltech_hpo.search.storage import stored_study
+from caltech_hpo.search.storage import open_storage, stored_study
 from caltech_hpo.search.urls import default_url
 from caltech_hpo.training.checkpoint import save_weights
 from caltech_hpo.training.trained import DESCRIPTION, load_model, probabilities, read_trained
@@ -113,6 +114,36 @@ def test_probabilities_are_those_of_the_training_loops_batches(place):
     both = probabilities(model, flip, pixels, device)
     assert torch.allclose(both, (plain + mirrored) / 2, atol=0.02)  # a crop's corner is rounded down
     assert probabilities(model, flip, [], device).shape == (0, 3)
+
+
+def test_damaged_and_hostile_models_are_refused(place, tmp_path):
+    trained = find_model("demo", place).model
+    state = load_model(trained, torch.device("cpu")).state_dict()
+    good = json.dumps(trained.description)
+    evil = json.dumps(trained.description | {"classes": ["ant", "Bee", "\x1b]0;pwned\x07"]})
+    head = next(name for name in state if name.endswith("fc.weight"))
+    cases = {
+        "not numbers": (state | {head: torch.full_like(state[head], torch.nan)}, good),
+        "not weights": (state | {head: state[head].to(torch.int64)}, good),
+        "does not say": (state, "[" * 100_000),
+        "control characters": (state, evil),
+    }
+    image = write_image(tmp_path / "new.png", 1)
+    for words, (tensors, about) in cases.items():
+        path = tmp_path / f"{words}.safetensors"
+        save_weights(tensors, path, {DESCRIPTION: about})
+        with pytest.raises(WeightsError, match=words):
+            list(predict(read_trained(path), [image], device="cpu"))
+
+
+def test_what_a_deleted_study_left_is_not_the_next_ones(place, tmp_path):
+    home = shutil.copytree(place.home, tmp_path / "home")
+    copy = Place(home, default_url(home), place.data)
+    storage = open_storage(copy.storage)
+    storage.delete_study(storage.get_study_id_from_name("demo"))
+    write_study(copy.storage, [([0.1, 0.8], SHORT)], data="other images")
+    with pytest.raises(UsageError, match="has left no weights"):
+        find_model("demo", copy)
 
 
 def test_a_study_without_weights_says_how_to_get_them(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,9 +29,11 @@ from caltech_hpo.results.work_queue import (
     submissions,
     submit,
 )
+from caltech_hpo.search.locks import study_lock
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
+from caltech_hpo.study_files import STUDY_NAME
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
@@ -49,6 +52,7 @@ def test_the_oldest_comes_first_and_what_ran_before_all(place):
     assert first.options.arguments() == ["--seed=1", "--enqueue=a=1"]
     storage = open_storage(place.storage)
     assert next_submission(storage) == first
+    assert next_submission(storage, besides={first.id}).id == second.id
     change(storage.engine, third.id, state="running")
     assert next_submission(storage).id == third.id
     assert cancel(place.storage, second.id).state == "cancelled"
@@ -122,6 +126,15 @@ def test_status_shows_queue_and_studies(place):
     assert (study.study, study.finished, study.best_trial, study.running) == ("demo", 3, 2, ())
 
 
+def test_a_study_may_be_called_serve(place):
+    names = ("serve", "final-demo", "confirm-demo")
+    with study_lock(place.storage, place.home, "+serve", "serve"), contextlib.ExitStack() as stack:
+        for name in names:
+            assert STUDY_NAME.fullmatch(name)
+            stack.enter_context(study_lock(place.storage, place.home, name, "search"))
+    assert not STUDY_NAME.fullmatch("+serve")
+
+
 def test_what_search_would_refuse_is_not_submitted(tmp_path, monkeypatch):
     from caltech_hpo.cli.app import app
 
@@ -151,11 +164,9 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
     def states():
         return [one["state"] for one in call("status")["queue"]]
 
-    short = "learning_rate=0.01,epochs=2,batch_size=32,augmentation=center_crop"
-    long = short.replace("epochs=2", "epochs=12")
-    for values in (short, long):
-        options = ["--data", str(images), "--no-baselines", "--enqueue", values]
-        call("submit", "--study", "demo" if values == short else "demo@2", "--trials", "1", *options)
+    values = "learning_rate=0.01,epochs=20,batch_size=32,augmentation=center_crop"
+    options = ["--data", str(images), "--no-baselines", "--enqueue", values]
+    call("submit", "--study", "demo", "--trials", "1", *options)
 
     def serving():
         command = [COMMAND, "serve", "--port", "0", "--device", "cpu"]
@@ -170,18 +181,25 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
             timeout=60,
         )  # fmt: skip
         assert refused.returncode == 4 and "another serve" in refused.stderr
-        log = tmp_path / "storage" / "logs" / "submission-2.log"
-        while not (log.exists() and " epoch 2/12" in log.read_text()):
+        log = tmp_path / "storage" / "logs" / "submission-1.log"
+        while not (log.exists() and " epoch 2/20" in log.read_text()):
             assert first.poll() is None
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
         assert "paused; goes on" in first.stderr.read()
         assert first.wait(timeout=40) == 143
-    assert states() == ["done", "running"]
+    assert states() == ["running"]
+    with serving() as killed:
+        while log.read_text().count(" goes on: ") < 1:
+            assert killed.poll() is None
+            time.sleep(0.1)
+        killed.kill()
+    while "paused; the same command" not in log.read_text().split(" goes on: ")[1]:  # its search notices
+        time.sleep(0.1)
     with serving() as second:
-        assert next(line for line in second.stderr if "submission 2: done" in line)
+        assert next(line for line in second.stderr if "submission 1: done" in line)
         second.send_signal(signal.SIGINT)
         assert second.wait(timeout=40) == 130
-    assert states() == ["done", "done"]
+    assert states() == ["done"]
     assert "goes on: " in log.read_text()  # the same trial
-    assert {one["study"]: one["finished"] for one in call("status")["studies"]} == {"demo": 1, "demo@2": 1}
+    assert {one["study"]: one["finished"] for one in call("status")["studies"]} == {"demo": 1}

@@ -18,7 +18,7 @@ from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
-from caltech_hpo.search.urls import default_url, refuse_password, shown
+from caltech_hpo.search.urls import default_url, refuse_password, shown, sqlite_path
 from caltech_hpo.spec import FIRST_FIELDS, Recipe, digest
 from caltech_hpo.study_files import load_study
 
@@ -240,3 +240,9 @@ def test_other_data_is_refused(url):
         with pytest.raises(UsageError, match="data set: x -> y") as raised:
             check_unchanged(study, "demo", spec, "y", allow_changed=allowed)
         assert "--allow-changed" not in str(raised.value)  # it would be refused as well
+
+
+def test_a_sqlite_url_takes_no_options():
+    with pytest.raises(StorageError, match="takes no options") as raised:
+        sqlite_path("sqlite:///x.db?password=secret")
+    assert "secret" not in str(raised.value)
