@@ -43,9 +43,10 @@ def answer(*arguments, cwd, **extra):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A folder in which the demo was searched: the README's command with fewer trials."""
+    """A folder in which the demo's study was searched, on images that are quickly learned."""
     folder = tmp_path_factory.mktemp("demo")
-    done = call("search", "--study", "demo", "--trials", 2, "--json", cwd=folder)
+    write_folders(folder / "images", images=60)
+    done = call("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout), done.stderr
 
@@ -55,7 +56,7 @@ def test_search_answers_and_shows_its_progress(searched):
     assert document["study"] == "demo" and document["finished"] == document["trials"] == 2
     assert document["complete"] + document["pruned"] == 2
     assert set(document["best"]["params"]) == {"learning_rate", "batch_size", "epochs", "augmentation"}
-    assert 0.8 < document["best"]["val_accuracy"] <= 1
+    assert 0.6 < document["best"]["val_accuracy"] <= 1
     assert (folder / "storage" / "studies.db").exists()
     for words in ("trial 0 starts", "trial 0 epoch 1/", "loss", "validation", "best of", "left", "baseline"):
         assert words in messages
@@ -63,14 +64,14 @@ def test_search_answers_and_shows_its_progress(searched):
 
 def test_the_same_command_again_does_nothing(searched):
     folder, document, _ = searched
-    done = call("search", "--study", "demo", "--trials", 2, "--json", cwd=folder)
+    done = call("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
     assert json.loads(done.stdout) == document
     assert "nothing to do" in done.stderr
 
 
 def test_final_scores_the_test_set_once(searched):
     folder, document, _ = searched
-    first = answer("final", "--study", "demo", cwd=folder)
+    first = answer("final", "--study", "demo", "--data", "images", cwd=folder)
     for key in (
         "study", "trial", "params", "best_epoch", "val_accuracy", "test_accuracy",
         "test_mean_per_class_accuracy", "test_images", "ci95", "fit_on", "model",
@@ -79,9 +80,9 @@ def test_final_scores_the_test_set_once(searched):
     assert first["trial"] == document["best"]["trial"] and first["params"] == document["best"]["params"]
     # On one machine, the same recipe gives the same training: the search's accuracy, its best epoch kept.
     assert first["val_accuracy"] == pytest.approx(document["best"]["val_accuracy"], abs=0.02)
-    assert first["test_images"] == 599 and first["test_accuracy"] > 0.8
+    assert first["test_images"] == 60 and first["test_accuracy"] > 0.6
     low, high = first["ci95"]
-    assert low < first["test_accuracy"] < high
+    assert low < first["test_accuracy"] <= high
     model = folder / first["model"]
     names = {path.name for path in model.parent.iterdir()}
     assert names == {"model.safetensors", "model.json", "metrics.json", "curves.png", "confusion.png"}
@@ -93,7 +94,7 @@ def test_final_scores_the_test_set_once(searched):
 
 def test_the_written_model_can_be_rebuilt_from_its_files_alone(searched):
     folder, *_ = searched
-    result = answer("final", "--study", "demo", cwd=folder)
+    result = answer("final", "--study", "demo", "--data", "images", cwd=folder)
     code = """
 import json, sys, torch, numpy as np
 from pathlib import Path
@@ -107,13 +108,13 @@ model.load_state_dict(load_file(folder / "model.safetensors"))
 p = made["preprocessing"]
 t = transforms.Compose([transforms.Resize(p["resize_short_side"]), transforms.CenterCrop(p["center_crop"]),
                         transforms.ToTensor(), transforms.Normalize(p["mean"], p["std"])])
-paths = sorted(images.glob("*/*.png"), key=lambda path: (path.parent.name, path.name))[0::3]
+paths = sorted(images.glob("*/*.png"), key=lambda path: (path.parent.name.lower(), path.name))[0::3]
 batch = torch.stack([t(Image.open(path).convert("RGB")) for path in paths])
 with torch.inference_mode():
     found = model.eval()(batch).argmax(1).tolist()
 print(np.mean([made["classes"][i] == path.parent.name for i, path in zip(found, paths)]))
 """
-    arguments = [sys.executable, "-c", code, str((folder / result["model"]).parent), "storage/datasets/demo"]
+    arguments = [sys.executable, "-c", code, str((folder / result["model"]).parent), "images"]
     done = subprocess.run(
         arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120
     )
@@ -124,7 +125,7 @@ print(np.mean([made["classes"][i] == path.parent.name for i, path in zip(found, 
 
 def test_report_shows_the_test_score_beside_the_trial(searched):
     folder, document, _ = searched
-    result = answer("final", "--study", "demo", cwd=folder)
+    result = answer("final", "--study", "demo", "--data", "images", cwd=folder)
     made = answer("report", "--study", "demo", cwd=folder)
     assert made["best"] == document["best"]["trial"]
     scored = [row for row in made["rows"] if row["test_accuracy"] is not None]
@@ -138,14 +139,14 @@ def test_report_shows_the_test_score_beside_the_trial(searched):
 
 def test_final_on_training_and_validation_images_is_another_use_of_the_test_set(searched):
     folder, document, _ = searched
-    answer("final", "--study", "demo", cwd=folder)
-    arguments = ("final", "--study", "demo", "--fit-on", "train+val")
+    answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    arguments = ("final", "--study", "demo", "--data", "images", "--fit-on", "train+val")
     refused = call(*arguments, cwd=folder)
     assert refused.returncode == 2 and refused.stdout == "" and "epoch 1/" not in refused.stderr
     assert "was used before" in refused.stderr and '--again "reason"' in refused.stderr
     made = answer(*arguments, "--again", "what more images give", cwd=folder)
     assert made["fit_on"] == "train+val" and made["val_accuracy"] is None
-    assert made["best_epoch"] == document["best"]["best_epoch"] and made["test_accuracy"] > 0.8
+    assert made["best_epoch"] == document["best"]["best_epoch"] and made["test_accuracy"] > 0.6
     report = answer("report", "--study", "demo", cwd=folder)
     assert report["test_uses"] == len(report["finals"]) >= 2
     assert report["test_reasons"] == ["what more images give"]
@@ -231,7 +232,7 @@ def test_two_homes_on_one_database_cannot_search_a_study_at_once(tmp_path):
 
 def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tmp_path):
     folder, *_ = searched
-    first = answer("final", "--study", "demo", cwd=folder)
+    first = answer("final", "--study", "demo", "--data", "images", cwd=folder)
     storage = f"sqlite:///{folder / 'storage' / 'studies.db'}"
     again = call("final", "--study", "demo", "--storage", storage, "--data", "absent", "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == {**first, "model": None} and "no longer in" in again.stderr

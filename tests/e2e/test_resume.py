@@ -168,7 +168,7 @@ def test_confirm_and_final_go_on_after_their_supervisor_was_killed(tmp_path, who
         [COMMAND, *command, "--study", "demo", "--data", "images"], cwd=ours, env=environment(),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     ) as running:  # fmt: skip
-        wait_for(running, "epoch 8/")
+        wait_for(running, "epoch 5/")
         children = psutil.Process(running.pid).children(recursive=True)
         running.kill()
         running.stderr.read()

@@ -53,7 +53,9 @@ def test_every_row_trains(architecture, data, tmp_path):
         assert spec.recipe.weights == "imagenet" and spec.baselines
         executor = InlineExecutor(WorkerConfig(data, "cpu", None, spec.recipe, tmp_path / "features"))
         binding = Binding(classes=3, data=data.fingerprint, seed=0, precision=executor.ready.precision)
-        for number, row in enumerate(spec.baselines):
+        # Rows that differ only in numbers train alike: one of each freeze mode and augmentation is enough.
+        kinds = {(row.params.get("freeze"), row.params.get("augmentation")): row for row in spec.baselines}
+        for number, row in enumerate(kinds.values()):
             recipe = recipe_for(spec, complete_params(spec, row.params), binding)
             executor.submit(Job(number, recipe.model_copy(update={"epochs": 1})))
             events = []
