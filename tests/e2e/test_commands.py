@@ -146,7 +146,7 @@ def test_final_on_training_and_validation_images_is_another_use_of_the_test_set(
     assert "was used before" in refused.stderr and '--again "reason"' in refused.stderr
     made = answer(*arguments, "--again", "what more images give", cwd=folder)
     assert made["fit_on"] == "train+val" and made["val_accuracy"] is None
-    assert made["best_epoch"] == document["best"]["best_epoch"] and made["test_accuracy"] > 0.6
+    assert made["best_epoch"] == document["best"]["best_epoch"] and 0 < made["test_accuracy"] <= 1
     report = answer("report", "--study", "demo", cwd=folder)
     assert report["test_uses"] == len(report["finals"]) >= 2
     assert report["test_reasons"] == ["what more images give"]
