@@ -128,7 +128,8 @@ def _recipe(facts: Facts, model: str, batch: int, epochs: int, *, scratch: bool)
         'optimizer = "sgd"', "nesterov = true",
         f'schedule = "{"one_cycle" if scratch else "cosine"}"',
         *([] if scratch else ["warmup = 0.1"]), f"batch_size = {batch}",
-        f"learning_rate = {(0.05 if scratch else 0.02) * _scale(batch):.3g}", f"epochs = {epochs}", "label_smoothing = 0.1",
+        f"learning_rate = {(0.05 if scratch else 0.02) * _scale(batch):.3g}",
+        f"epochs = {epochs}", "label_smoothing = 0.1",
         f'augmentation = "{"random_resized_crop_flip" if scratch else "center_crop_flip"}"'
         "   # '_flip' mirrors: leave it out where left and right matter (digits, text)",
         "test_time_flip = true         # shown in a column of its own",
