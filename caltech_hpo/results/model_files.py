@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.cache import sync_folder, write_whole
 
 
 def kept_folder(model_file: str, models: Path) -> Path | None:
@@ -26,13 +25,8 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file whole: temporary file, sync, rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes the file as `write_whole` does."""
+    write_whole(path, text.encode())
 
 
 def publish(folder: Path, target: Path) -> None:

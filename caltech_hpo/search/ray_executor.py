@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from caltech_hpo.data.cache import write_whole
 from caltech_hpo.errors import CaltechHpoError, UsageError
 from caltech_hpo.search.messages import Died, EpochDone, Event, Job, Measure, Ready, WorkerConfig, Working
-from caltech_hpo.search.relay import Files, Relay, write_whole
+from caltech_hpo.search.relay import Files, Relay
 from caltech_hpo.search.request import Cluster
 
 INSTALL = "pip install 'caltech-hpo[ray]'"

@@ -8,13 +8,12 @@ elsewhere when its machine dies.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.cache import write_whole
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.messages import Event, Job, Measure, Ready, WorkerConfig
 
@@ -134,18 +133,3 @@ def _reads(mark: Path, token: str) -> bool:
     with contextlib.suppress(OSError):
         return mark.read_text(encoding="utf-8") == token
     return False
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes the file: temporary file, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.cache import sync_folder, write_whole
 from caltech_hpo.errors import WeightsError
 from caltech_hpo.training.checkpoint_files import previous, unfinished
 
@@ -27,17 +27,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, st
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(state, metadata=dict(about) if about else None))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    write_whole(path, save(state, metadata=dict(about) if about else None))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers import eager_worker, write_folders
 
+from caltech_hpo.data.cache import write_whole
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import UsageError
@@ -135,6 +136,6 @@ def test_files_travel_where_folders_are_not_shared(tmp_path, monkeypatch):
 
 
 def test_the_supervisor_knows_its_own_folders(tmp_path):
-    relay.write_whole(tmp_path / "mark", b"token")
+    write_whole(tmp_path / "mark", b"token")
     config = WorkerConfig(None, "cpu", 1, load_study("demo").recipe)
     assert Relay(config, tmp_path / "mark", "token").missing() == []
