@@ -88,8 +88,11 @@ def of_trials(rows: Sequence[ScoreRow], records: Sequence[TrialRecord]) -> list[
     Others are of a study that was deleted: they still say how often the test set was used, and nothing of
     the study that now has its name.
     """
-    known = known_configurations(records)
-    return [row for row in rows if row.configuration in known]
+    by_number = {record.number: record for record in records}
+    return [
+        row for row in rows
+        if row.trial in by_number and row.configuration in known_configurations([by_number[row.trial]])
+    ]  # fmt: skip
 
 
 def confirmation(study: optuna.Study, records: Sequence[TrialRecord], place: Place) -> Confirmed | None:
@@ -97,9 +100,8 @@ def confirmation(study: optuna.Study, records: Sequence[TrialRecord], place: Pla
     made = confirmed(place.storage, study.study_name)
     if made is None:
         return None
-    if not any(
-        record.recipe and record.recipe.configuration == made.winner.configuration for record in records
-    ):
+    winner = next((record for record in records if record.number == made.winner.trial), None)
+    if winner is None or not winner.recipe or winner.recipe.configuration != made.winner.configuration:
         return None  # of a study that was deleted
     low, high = made.winner.ci95 or (None, None)
     return Confirmed(

@@ -2,7 +2,7 @@
 
 They are made from the database when somebody looks, and not written into it: a note kept in Optuna's tables
 would have to be kept up to date by whoever writes trials, and optuna-dashboard reads all notes of a study
-again for each of its trials (5,000 of them: 15 s a page). A note that a user wrote is shown in place of ours.
+again for each of its trials. A note that a user wrote is shown in place of ours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -105,7 +106,7 @@ class Narrator:
 
     def __init__(self, storage: BaseStorage, place: Place) -> None:
         self._storage, self._place = storage, place
-        self._finished: dict[int, TrialRecord] = {}
+        self._finished: dict[tuple[int, datetime | None], TrialRecord] = {}
         self._lock = threading.Lock()  # the server has threads
         self._drawn: dict[str, bytes] = {}
         self._plotted: dict[str, _Plotted] = {}
@@ -209,12 +210,13 @@ class Narrator:
             return {trial._trial_id: self._record(trial) for trial in trials}
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
-        known = self._finished.get(trial._trial_id)
+        key = trial._trial_id, trial.datetime_complete  # databases give the ids of deleted trials again
+        known = self._finished.get(key)
         if known is not None:
             return known
         made = trial_record(trial)
         if trial.state.is_finished():
-            self._finished[trial._trial_id] = made
+            self._finished[key] = made
         return made
 
 

@@ -10,13 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from caltech_hpo.results.ledger import now
 from caltech_hpo.results.work_queue import Submission, change, next_submission, submission
 from caltech_hpo.search.request import Place, Say
 from caltech_hpo.search.storage import open_storage
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 LOOK_EVERY = 1.0  # seconds
 RETRY_AFTER = 30.0  # seconds, where somebody else searches the study
@@ -34,9 +38,14 @@ class Service:
     device: str
     say: Say
 
+    @cached_property
+    def storage(self) -> RDBStorage:
+        """The database of queue and studies."""
+        return open_storage(self.place.storage)
+
     def run(self, stop: Callable[[], bool]) -> None:
         """Takes one after the other; waits where there is none. The serve lock must be held."""
-        storage = open_storage(self.place.storage)
+        storage = self.storage
         not_before: dict[int, float] = {}
         while not stop():
             held = {number for number, when in not_before.items() if time.monotonic() < when}
@@ -62,7 +71,7 @@ class Service:
 
     def _search(self, found: Submission, stop: Callable[[], bool]) -> tuple[int, str]:
         """Runs the search; its exit code, and why we ended it: "stop", "cancel", or "" if it ended itself."""
-        storage, why = open_storage(self.place.storage), ""
+        why = ""
         command = [
             sys.executable, "-m", "caltech_hpo.cli", "search", f"--study={found.study}",
             f"--trials={found.trials}", f"--workers={self.workers}", f"--device={self.device}",
@@ -78,7 +87,7 @@ class Service:
             start_new_session=True,  # a Ctrl-C reaches us alone: we pause it
         ) as process:  # fmt: skip
             while process.poll() is None:
-                why = "stop" if stop() else "cancel" if submission(storage, found.id).cancel else ""
+                why = "stop" if stop() else "cancel" if submission(self.storage, found.id).cancel else ""
                 if why:
                     process.send_signal(signal.SIGTERM)
                     try:
