@@ -67,8 +67,8 @@ def bench_recipe(values: Hyperparameters, data: SearchData) -> Recipe:
 def fitting_batch_size(architecture: str, crop: int, device: str) -> int:
     """The largest usual batch with which stock's fp32 training fits the memory."""
     from caltech_hpo.training.device import resolve_device
-    from caltech_hpo.training.memory import free_memory
     from caltech_hpo.training.summary import summarize
+    from caltech_hpo.training.system_memory import free_memory
 
     room = STOCK_SHARE * free_memory(resolve_device(device))
     image = summarize(architecture, crop=crop).activation_bytes

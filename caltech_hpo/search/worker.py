@@ -46,16 +46,17 @@ from caltech_hpo.training.device import (
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import never, train
-from caltech_hpo.training.memory import (
-    MicroBatches,
-    in_pieces_of,
-    is_out_of_memory,
-    memory_share,
-    peak_memory,
-)
+from caltech_hpo.training.memory import MicroBatches, in_pieces_of
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import TrainingState, begin, capture, changing, restore
+from caltech_hpo.training.system_memory import (
+    is_out_of_memory,
+    keep_freed_memory,
+    memory_share,
+    peak_memory,
+    release_freed_memory,
+)
 from caltech_hpo.training.timing import time_steps
 from caltech_hpo.training.trained import DESCRIPTION, describe_model
 
@@ -83,6 +84,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
+    keep_freed_memory(device)
     torch.backends.cudnn.benchmark = True  # batches have one size: worth choosing the algorithm
     recipe, data = config.recipe, config.data
     # refuses bad weights, and a dropout or frozen blocks that the model has no place for
@@ -130,7 +132,7 @@ def run_job(
         yield Failed(job.number, "out of memory" if full else "bug", message)
     finally:  # the generator is closed at its last event
         if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+            release_freed_memory(context.device)
 
 
 def _epochs(

@@ -26,10 +26,11 @@ from caltech_hpo.training.architectures import normalization_for
 from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision, synchronize
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train_batches
-from caltech_hpo.training.memory import MicroBatches, is_out_of_memory, memory_share
+from caltech_hpo.training.memory import MicroBatches
 from caltech_hpo.training.models import untrained
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import begin
+from caltech_hpo.training.system_memory import is_out_of_memory, keep_freed_memory, memory_share
 
 LOADER_WORKERS = 4
 FEWEST_BATCHES = 3  # of a measurement
@@ -150,6 +151,7 @@ class Ours:
 
     def __init__(self, task: BenchTask) -> None:
         recipe, self._device = task.recipe, resolve_device(task.device)
+        keep_freed_memory(self._device)
         torch.backends.cudnn.benchmark = True
         splits = keep_near(self._device, task.data.open_training(), task.data.open_validation())
         training, validation = (Split(((split, name),)) for split, name in zip(splits, "ab", strict=True))

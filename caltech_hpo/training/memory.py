@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,51 +14,14 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.training.device import autocast, resolve_precision
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
+from caltech_hpo.training.system_memory import is_out_of_memory, release_freed_memory
 
-# Of the memory that is free when a worker starts; the rest is for what nobody counts.
-USABLE_SHARE = 0.8
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
-# What counting misses on a CPU: libraries' scratch, and what is made and freed on the way. Ten trainings of
-# five architectures (8 to 128 images, bf16 and fp32) took 0.65 to 0.97 of the estimate that it completes.
-MARGIN = 1.35
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on the device; on a CPU a container's limit counts."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free: int = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        limit = int((CGROUP / "memory.max").read_text())
-        free = min(free, limit - int((CGROUP / "memory.current").read_text()))
-    return free
-
-
-def memory_share(device: torch.device, given: int | None, workers: int) -> int:
-    """Bytes that one of `workers` may use, of `given` or of most of what is free.
-
-    CUDA is told, and then refuses more by itself.
-    """
-    share = (int(USABLE_SHARE * free_memory(device)) if given is None else given) // workers
-    if device.type == "cuda" and given is not None:
-        whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share / whole), device)
-    return share
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has taken so far: the GPU's, on one, else resident ones."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a training ran out of memory: torch's CPU allocator has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+# What counting misses on a CPU: libraries' scratch, what is made and freed on the way, and gaps in the kept
+# memory. Nine trainings of five architectures (8 to 128 images, bf16 and fp32) took 0.51 to 0.91 of the
+# estimate that it completes.
+MARGIN = 1.55
 
 
 def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
@@ -130,6 +89,7 @@ class MicroBatches:
         """`limit` bytes may be taken. CUDA is asked by trying, a CPU by counting."""
         self._device, self._limit = device, limit
         self._known: dict[tuple[object, ...], int] = {}
+        self._latest: tuple[object, ...] = ()
 
     def fit(self, recipe: Recipe, prepared: Prepared) -> Prepared:
         """The training with as many images at a time as fit, all of a batch if they do.
@@ -137,6 +97,9 @@ class MicroBatches:
         Raises torch.OutOfMemoryError if the fewest do not.
         """
         key = _kind(recipe, prepared)
+        if key != self._latest and self._device.type != "cuda":  # another's gaps may be too small
+            release_freed_memory(self._device)
+        self._latest = key
         if key not in self._known:
             attempt = self._train_once if self._device.type == "cuda" else self._count
             fewest = fewest_images(prepared.runs)

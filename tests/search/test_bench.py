@@ -111,7 +111,7 @@ def test_simulated_workers_report_once_a_second_and_nothing_is_left(tmp_path):
 
 
 def test_the_batch_is_what_stock_can_hold(monkeypatch):
-    from caltech_hpo.training import memory
+    from caltech_hpo.training import system_memory as memory
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 23 << 30)
     assert fitting_batch_size("alexnet", 224, "cpu") == 256

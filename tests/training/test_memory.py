@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,18 +18,18 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training import memory as memory_module
+from caltech_hpo.training import system_memory
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import (
     MicroBatches,
     fewest_images,
-    free_memory,
     halve_until,
-    memory_share,
     needed_bytes,
     with_micro_batch,
 )
 from caltech_hpo.training.prepare import prepare
+from caltech_hpo.training.system_memory import free_memory, memory_share
 
 CPU = torch.device("cpu")
 MANY = 1 << 50
@@ -158,10 +162,44 @@ def test_workers_share_what_is_free(tmp_path, monkeypatch):
     assert memory_share(CPU, None, 2) <= 0.4 * (free_memory(CPU) + (1 << 30))
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    monkeypatch.setattr(memory_module, "CGROUP", tmp_path)
+    monkeypatch.setattr(system_memory, "CGROUP", tmp_path)
     assert free_memory(CPU) == 4000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) > 1 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_taken_again_without_asking_the_system(kept):
+    """Pages that a later tensor of 64 MiB had to be given by the kernel, in a process of its own."""
+    code = """
+import resource, sys, torch
+from caltech_hpo.training.system_memory import keep_freed_memory, release_freed_memory
+def pages(make):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    make()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+if sys.argv[1] == "True":
+    keep_freed_memory(torch.device("cpu"))
+make = lambda: torch.ones(1 << 24)
+first = pages(make)
+for _ in range(20):  # until the heap has found its size
+    make()
+second = pages(make)
+held = resident()
+release_freed_memory(torch.device("cpu"))
+print(first, second, held - resident())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(kept)], capture_output=True, text=True, check=True
+    )
+    first, second, released = (int(word) for word in ended.stdout.split())
+    whole = (1 << 26) // resource.getpagesize()
+    assert first > whole / 2
+    assert second < whole / 50 if kept else second > whole / 2
+    assert released > whole / 2 if kept else released < whole / 2
 
 
 @pytest.mark.gpu
