@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from caltech_hpo.cli import INTERRUPTED
 from caltech_hpo.cli.options import DEFAULT_HOME, Home, Storage, place_of, say
+from caltech_hpo.cli.stopping import SIGNAL_EXIT
 
 if TYPE_CHECKING:
     from socket import socket
@@ -47,7 +50,7 @@ def dashboard(
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
 ) -> None:
-    """Serve optuna-dashboard on the study database until Ctrl-C.
+    """Serve optuna-dashboard on the study database until Ctrl-C or SIGTERM.
 
     Only this machine reaches it, and it only reads. --host lets others in, who need the token in
     CALTECH_HPO_TOKEN (16 or more characters), as the password of any user name or as a bearer token;
@@ -61,9 +64,17 @@ def dashboard(
     application, listening = open_dashboard(
         place_of(home, storage), host, port, allow_host, writable=writable
     )
+    code = INTERRUPTED
+
+    def end(number: int, _: object) -> None:
+        nonlocal code
+        code = SIGNAL_EXIT + number
+        sys.exit(code)  # the server takes it for Ctrl-C
+
+    signal.signal(signal.SIGTERM, end)
     say("Ctrl-C ends it")
-    serve(application, listening, writable=writable)  # returns on Ctrl-C
-    raise typer.Exit(INTERRUPTED)
+    serve(application, listening, writable=writable)  # returns on either
+    raise typer.Exit(code)
 
 
 def open_dashboard(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Skip,
     Storage,
     Study,
     answer,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from caltech_hpo.results.work_queue import Submission
 
 REFRESH = 2.0  # seconds
+NO_FILES = ("none", "imagenet")  # of --weights
 Number = Annotated[int, typer.Argument(min=1, help="As 'caltech-hpo status' shows it.")]
 
 
@@ -53,6 +56,10 @@ def submit(
         typer.Option(help="As of 'search': NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"),
     ] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Skip the hand-tuned rows.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="none, imagenet or a file, in place of the study's.")
+    ] = None,
+    skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     data: Data = None,
@@ -69,10 +76,12 @@ def submit(
     from caltech_hpo.results.work_queue import submit as submitted
     from caltech_hpo.search.request import SearchRequest, resolve_spec
 
-    resolve_spec(SearchRequest(study, trials, enqueue=parse_params(enqueue or [])))
+    if weights is not None and weights not in NO_FILES:
+        weights = str(Path(weights).absolute())  # serve's folder may be another
+    resolve_spec(SearchRequest(study, trials, enqueue=parse_params(enqueue or []), weights=weights))
     options = Options(
-        data=None if data is None else str(data.absolute()), seed=seed, enqueue=tuple(enqueue or ()),
-        baselines=not no_baselines,
+        data=None if data is None else str(data.absolute()), weights=weights, seed=seed,
+        enqueue=tuple(enqueue or ()), baselines=not no_baselines, skip_unreadable=skip_unreadable,
     )  # fmt: skip
     made = submitted(place_of(home, storage).storage, study, trials, options)
     answer(
@@ -168,11 +177,11 @@ def serve(
     """
     from caltech_hpo.results.dashboard import serve as serve_pages
     from caltech_hpo.results.service import Service
-    from caltech_hpo.search.locks import study_lock
+    from caltech_hpo.search.locks import SERVE, study_lock
 
     place = place_of(home.absolute(), storage)
     stop = StopSignals("stopping: the search saves a checkpoint and pauses; once more stops at once")
-    with study_lock(place.storage, place.home, "+serve", "serve on this database"), stop.caught():
+    with study_lock(place.storage, place.home, SERVE, "serve on this database"), stop.caught():
         application, listening = open_dashboard(place, host, port, allow_host, writable=writable)
         pages = threading.Thread(
             target=serve_pages, args=(application, listening), kwargs={"writable": writable}, daemon=True

@@ -17,7 +17,7 @@ from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, searched_data, seeded, training_failure
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import CONFIRM, study_lock
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
@@ -146,7 +146,7 @@ def open_confirm(
     if len(chosen) < finalists:
         say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
     recipes = {record.number: record.recipe for record in records}
-    with study_lock(place.storage, place.home, f"+confirm-{name}", f"confirm of study '{name}'"):
+    with study_lock(place.storage, place.home, CONFIRM + name, f"confirm of study '{name}'"):
         storage = open_storage(place.storage)
         before, stored = requests(storage, name), runs(storage, name)
         earlier = before[0].seeds if before else ()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.results.guard import Access, guarded
 from caltech_hpo.results.narrator import narrated
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import all_locks
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 
@@ -58,7 +58,10 @@ def make_app(place: Place, access: Access) -> WSGIApplication:
 
 
 def sparing_searched(app: WSGIApplication, storage: BaseStorage, place: Place) -> WSGIApplication:
-    """The same, but no study is deleted while it is searched: its supervisor would lose its trials."""
+    """The same, but no study is deleted while it is searched, confirmed or retrained.
+
+    Its supervisor would lose its trials.
+    """
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         found = DELETED.fullmatch(environ.get("PATH_INFO", ""))
@@ -66,7 +69,7 @@ def sparing_searched(app: WSGIApplication, storage: BaseStorage, place: Place) -
             return app(environ, start_response)
         try:
             name = storage.get_study_name_from_id(int(found[1]))
-            with study_lock(place.storage, place.home, name, f"search on study '{name}'"):
+            with all_locks(place.storage, place.home, name):
                 return app(environ, start_response)
         except KeyError:  # optuna-dashboard says so
             return app(environ, start_response)

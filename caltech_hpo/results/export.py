@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def export(trained: TrainedModel, kind: Format, file: Path) -> Exported:
                 ours = model(pixels)
             theirs = (_run_onnx if kind == "onnx" else _run_torch)(temporary, pixels)
             worst, count = max(worst, _difference(ours, theirs)), count + images
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(file)
         sync_folder(file.parent)
     finally:

@@ -24,7 +24,7 @@ from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
 from caltech_hpo.results.trainings import training_failure
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import FINAL, study_lock
 from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
@@ -45,7 +45,7 @@ def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
     was scored meanwhile; StorageError while another `final` of the study runs.
     """
     what = f"final training of study '{plan.study}'"
-    with study_lock(plan.place.storage, plan.place.home, f"+final-{plan.study}", what):
+    with study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what):
         left = read_score(plan.unfinished, plan.study, plan.record)
         if left is not None:
             ledger.record(plan.place.storage, left)

@@ -58,7 +58,11 @@ class Service:
                 continue
             change(storage.engine, found.id, state="running", began_at=found.began_at or now(), message="")
             self.say(f"submission {found.id}: search --study {found.study} --trials {found.trials} begins")
-            state, message = self._outcome(found, *self._search(found, stop))
+            log = self.log_of(found)
+            earlier = log.stat().st_size if log.exists() else 0  # bytes of searches before this one
+            code, why = self._search(found, stop)
+            output = log.read_bytes()[earlier:].decode(errors="replace")
+            state, message = outcome(code, why, output)
             ended = now() if state not in ("waiting", "running") else ""
             change(storage.engine, found.id, state=state, message=message, ended_at=ended)
             if state == "waiting":
@@ -106,17 +110,17 @@ class Service:
         with path.open("ab") as file:
             yield file
 
-    def _outcome(self, found: Submission, code: int, why: str) -> tuple[str, str]:
-        """The state that follows, and what to say of it."""
-        if code == 0:
-            return "done", ""
-        if why == "cancel":
-            return "cancelled", "its trials stay"
-        if why == "stop":
-            return "running", "paused; goes on when serve does"
-        lines = self.log_of(found).read_text(encoding="utf-8", errors="replace").splitlines()
-        faults = [line for line in lines if line.startswith("error: ")]
-        message = faults[-1].removeprefix("error: ") if faults else f"ended with exit code {code}"
-        if code == STORAGE_EXIT and LOCKED in message:
-            return "waiting", message
-        return "failed", message
+
+def outcome(code: int, why: str, output: str) -> tuple[str, str]:
+    """The state that follows a search's end, and what to say of it; `why` as `_search` says."""
+    if code == 0:
+        return "done", ""
+    if why == "cancel":
+        return "cancelled", "its trials stay"
+    if why == "stop":
+        return "running", "paused; goes on when serve does"
+    faults = [line for line in output.splitlines() if line.startswith("error: ")]
+    message = faults[-1].removeprefix("error: ") if faults else f"ended with exit code {code}"
+    if code == STORAGE_EXIT and LOCKED in message:
+        return "waiting", message
+    return "failed", message

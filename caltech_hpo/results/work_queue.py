@@ -42,20 +42,23 @@ work_queue = Table(
 class Options(Frozen):
     """Options of `search` that whoever submits may choose; the others are serve's.
 
-    `data` is a folder on serve's machine; `enqueue` as --enqueue takes it.
+    `data` is a folder and `weights` may be a file on serve's machine; `enqueue` as --enqueue takes it.
     """
 
     data: str | None = None
+    weights: str | None = None
     seed: int | None = None
     enqueue: tuple[str, ...] = ()
     baselines: bool = True
+    skip_unreadable: bool = False
 
     def arguments(self) -> list[str]:
         """As `search` takes them; no value can be read as another option."""
-        given = {"--data": self.data, "--seed": self.seed}
+        given = {"--data": self.data, "--weights": self.weights, "--seed": self.seed}
         made = [f"{name}={value}" for name, value in given.items() if value is not None]
         made += [f"--enqueue={text}" for text in self.enqueue]
-        return made if self.baselines else [*made, "--no-baselines"]
+        flags = {"--no-baselines": not self.baselines, "--skip-unreadable": self.skip_unreadable}
+        return made + [flag for flag, wanted in flags.items() if wanted]
 
 
 class Submission(Frozen):

@@ -68,7 +68,7 @@ class TrialResumed:
 
 @dataclass(frozen=True)
 class TrialPaused:
-    """A trial is left where it is; the next search goes on with it."""
+    """A trial is left where it is; a worker that is free later, or the next search, goes on with it."""
 
     number: int
 

@@ -54,7 +54,7 @@ class Executor(Protocol):
 
     @property
     def free(self) -> int:
-        """How many workers have no job."""
+        """How many workers have no job. One that died counts once its successor is ready."""
 
     def submit(self, job: Job | Measure) -> None:
         """Gives a job to a free worker."""

@@ -15,6 +15,9 @@ from caltech_hpo.errors import StorageError
 from caltech_hpo.search.urls import parse_url, sqlite_path
 
 Check = Callable[[], None]
+# Before a study's name, which never begins with "+": what else than its search holds a lock.
+CONFIRM, FINAL = "+confirm-", "+final-"
+SERVE = "+serve"
 FIX = "wait for it, or stop it with Ctrl-C; a second one adds nothing"
 
 
@@ -41,7 +44,7 @@ def lock_path(url: str, home: Path, name: str) -> Path:
 def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
     """Holds the lock `name` in the study database; yields a check that it is still held.
 
-    A study's search is named after it; other names begin with "+", as no study's does.
+    A study's search is named after it, the others as above.
 
     PostgreSQL has locks that end with their connection; elsewhere it is a file's. Raises StorageError,
     saying which other `what` runs where, if a process holds it; the check, if it was lost to another one.
@@ -54,6 +57,15 @@ def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
     else:
         with held(lock_path(url, home, name), what):
             yield no_check
+
+
+@contextlib.contextmanager
+def all_locks(url: str, home: Path, name: str) -> Iterator[None]:
+    """Holds what a study's search, `confirm` and `final` hold. Raises StorageError if one of them runs."""
+    with contextlib.ExitStack() as stack:
+        for kind, what in (("", "search on"), (CONFIRM, "confirm of"), (FINAL, "final training of")):
+            stack.enter_context(study_lock(url, home, kind + name, f"{what} study '{name}'"))
+        yield
 
 
 @contextlib.contextmanager

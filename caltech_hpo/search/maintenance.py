@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import SERVE, all_locks, study_lock
 from caltech_hpo.search.records import RECIPE_KEY, trial_record
 from caltech_hpo.search.storage import BUSY_TIMEOUT, check_sqlite, open_any_schema
 from caltech_hpo.search.urls import shown, sqlite_path
@@ -206,9 +206,9 @@ def upgrade(url: str, home: Path, backups: Path, *, progress: Progress | None = 
             f"{shown(url)}: its schema {before} is newer than this Optuna's", "pip install --upgrade optuna"
         )
     with contextlib.ExitStack() as locks:
-        names = sorted({f"{kind}{name}" for name in _names(storage) for kind in ("", "confirm-", "final-")})
-        for name in names:
-            locks.enter_context(study_lock(url, home, name, f"command on study '{name}'"))
+        for name in sorted(_names(storage)):
+            locks.enter_context(all_locks(url, home, name))
+        locks.enter_context(study_lock(url, home, SERVE, "serve on this database"))
         copy = None
         if sqlite_path(url) is not None:
             copy = backups / f"before-{newest}-{datetime.now(UTC):%Y%m%d-%H%M%S}.db"

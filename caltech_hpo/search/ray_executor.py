@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from caltech_hpo.search.relay import Files, Relay
 from caltech_hpo.search.request import Cluster
 
 INSTALL = "pip install 'caltech-hpo[ray]'"
-RESTARTS = 3  # of an actor before its first Ready
+RESTARTS = 3  # of an actor before its Ready
 READY_WITHIN = 600.0  # seconds: a cluster may have to start machines first
 CLOSING = 20.0  # seconds
 NODE_LOST = -9  # the exit code that a lost machine's worker is said to have had
@@ -34,10 +35,11 @@ def ray_module() -> Any:
 
 @dataclass
 class _Actor:
-    handle: Any
-    placed: bool = False
+    handle: Any = None
+    placing: Any = None  # the reference of its `missing`, then of its `start`; None once its worker is ready
     job: Job | Measure | None = None
     waiting: Any = None  # the reference of its next event; None between an epoch and its answer
+    losses: int = 0  # in a row, before it was ready
 
 
 class RayExecutor:
@@ -60,8 +62,10 @@ class RayExecutor:
             self._connect(workers)
         write_whole(mark, self._token.encode())
         try:
-            self._actors = [_Actor(self._spawn()) for _ in range(workers)]
-            self.ready, *_ = [self._started(actor) for actor in self._actors]
+            for _ in range(workers):
+                self._actors.append(_Actor())
+                self._spawn(self._actors[-1])
+            self.ready, *_ = [self._ready(actor) for actor in self._actors]
         except BaseException:
             self.close()
             raise
@@ -79,37 +83,53 @@ class RayExecutor:
                 "start a cluster ('ray start --head'), or leave --ray-address out to use this machine alone",
             ) from error
 
-    def _spawn(self) -> Any:
+    def _spawn(self, actor: _Actor) -> None:
+        """Asks Ray for a place; the actor's worker is free once it has one."""
         # Several calls at once: one waits for the next event while others answer, pause or kill.
         remote = self._ray.remote(Relay).options(
             num_gpus=self._cluster.gpus, num_cpus=self._cluster.cpus, max_concurrency=4, max_restarts=0
         )
-        return remote.remote(self._config, self._mark.absolute(), self._token)
+        actor.handle = remote.remote(self._config, self._mark.absolute(), self._token)
+        actor.placing, actor.job, actor.waiting = actor.handle.missing.remote(), None, None
 
-    def _started(self, actor: _Actor) -> Ready:
-        """Waits until a worker is ready; one whose machine is lost meanwhile is placed anew."""
-        for attempt in range(RESTARTS):
-            if attempt:
-                actor.handle = self._spawn()
-            try:
-                missing = self._ray.get(actor.handle.missing.remote(), timeout=READY_WITHIN)
-                contents = [self._put(path) for path in missing]  # references: Ray fetches what they mean
-                ready: Ready = self._ray.get(actor.handle.start.remote(missing, *contents))
-            except self._ray.exceptions.RayActorError:
-                continue
-            except self._ray.exceptions.GetTimeoutError:
+    def _ready(self, actor: _Actor) -> Ready:
+        """Waits until its worker is ready."""
+        until = time.monotonic() + READY_WITHIN
+        while True:
+            found, _ = self._ray.wait([actor.placing], timeout=max(0.0, until - time.monotonic()))
+            if not found:
                 raise UsageError(
                     f"the cluster had no room for a worker within {READY_WITHIN / 60:.0f} minutes "
                     f"({self._cluster.cpus:g} CPUs and {self._cluster.gpus:g} GPUs each)",
                     "use fewer --workers, or smaller shares: --gpus-per-worker, --cpus-per-worker",
+                )
+            if (ready := self._place(actor)) is not None:
+                return ready
+
+    def _place(self, actor: _Actor) -> Ready | None:
+        """The next step with an answer that is there; what its worker says once it is ready.
+
+        A worker whose machine is lost meanwhile is placed anew.
+        """
+        try:
+            told: Ready | list[Path] = self._ray.get(actor.placing)
+        except self._ray.exceptions.RayActorError:
+            actor.losses += 1
+            if actor.losses == RESTARTS:
+                raise CaltechHpoError(
+                    f"a worker's machine was lost {RESTARTS} times before it was ready",
+                    "look at 'ray status'",
                 ) from None
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, CaltechHpoError) else error from None
-            actor.placed = True
-            return ready
-        raise CaltechHpoError(
-            f"a worker's machine was lost {RESTARTS} times before it was ready", "look at 'ray status'"
-        )
+            self._spawn(actor)
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, CaltechHpoError) else error from None
+        if isinstance(told, Ready):
+            actor.placing, actor.losses = None, 0
+            return told
+        contents = [self._put(path) for path in told]  # references: Ray fetches what they mean
+        actor.placing = actor.handle.start.remote(told, *contents)
+        return None
 
     def _put(self, path: Path) -> Any:
         """The file in the object store, once for all machines."""
@@ -120,11 +140,11 @@ class RayExecutor:
     @property
     def free(self) -> int:
         """Workers without a job."""
-        return sum(actor.job is None for actor in self._actors)
+        return sum(actor.job is None and actor.placing is None for actor in self._actors)
 
     def submit(self, job: Job | Measure) -> None:
         """Sends the job, with its checkpoint, to the first free worker."""
-        actor = next(actor for actor in self._actors if actor.job is None)
+        actor = next(actor for actor in self._actors if actor.job is None and actor.placing is None)
         files: Files = {}
         if isinstance(job, Job):
             keep, checkpoint = (path and path.absolute() for path in (job.keep, job.checkpoint))
@@ -136,12 +156,21 @@ class RayExecutor:
 
     def event_within(self, seconds: float) -> bool:
         """Whether a worker with a job speaks, or is lost, within so many seconds."""
-        if not self._ready_refs:
+        until = time.monotonic() + seconds
+        while not self._ready_refs:
+            placing = {actor.placing: actor for actor in self._actors if actor.placing is not None}
             waiting = [actor.waiting for actor in self._actors if actor.waiting is not None]
-            if waiting:
-                self._ready_refs, _ = self._ray.wait(
-                    waiting, num_returns=1, timeout=seconds, fetch_local=False
-                )
+            found, _ = self._ray.wait(
+                [*waiting, *placing], num_returns=1, timeout=max(0.0, until - time.monotonic()),
+                fetch_local=False,
+            ) if waiting or placing else ([], [])  # fmt: skip
+            if not found:
+                break
+            for reference in found:
+                if reference in placing:
+                    self._place(placing[reference])
+                else:
+                    self._ready_refs.append(reference)
         return bool(self._ready_refs)
 
     @overload
@@ -161,8 +190,7 @@ class RayExecutor:
         try:
             event, files = self._ray.get(reference)
         except self._ray.exceptions.RayActorError:
-            actor.job, actor.placed, actor.handle = None, False, self._spawn()
-            self._started(actor)
+            self._spawn(actor)
             return Died(number, NODE_LOST)
         for path, content in files.items():
             write_whole(path, content)
@@ -194,11 +222,12 @@ class RayExecutor:
 
     def close(self) -> None:
         """Ends the workers, and the connection where it was made here."""
-        closing = [actor.handle.close.remote() for actor in self._actors if actor.placed]
+        closing = [actor.handle.close.remote() for actor in self._actors if actor.placing is None]
         with contextlib.suppress(Exception):  # a machine may be gone
             self._ray.wait(closing, num_returns=len(closing), timeout=CLOSING)
         for actor in self._actors:
-            self._ray.kill(actor.handle)
+            if actor.handle is not None:
+                self._ray.kill(actor.handle)
         self._actors = []
         self._mark.unlink(missing_ok=True)
         if self._begun:

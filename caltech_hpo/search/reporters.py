@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import tempfile
 import time
@@ -46,7 +47,10 @@ class ReportsHeld:
 
 
 class SimulatedWorkers:
-    """An executor of workers that do nothing: each has its next epoch ready one second after the last."""
+    """An executor of workers that do nothing: each has its next epoch ready one second after the last.
+
+    The first trial of each is cut short, so that from the start as many trials end in every second.
+    """
 
     ready = Ready(device="none", precision="fp32", versions={})
 
@@ -65,8 +69,11 @@ class SimulatedWorkers:
     def submit(self, job: Job | Measure) -> None:
         """Its first report is due within a second; workers are not in step."""
         assert isinstance(job, Job)
-        self._jobs[job.number] = made_up(job)
-        phase = (job.number * 0.618) % 1.0
+        epochs = made_up(job)
+        phase = (job.number * 0.618) % 1.0  # the golden ratio's multiples fill [0, 1) evenly
+        if job.number < self._workers:
+            epochs = itertools.islice(epochs, 1 + int(phase * job.recipe.epochs))
+        self._jobs[job.number] = epochs
         heapq.heappush(self._due, (time.monotonic() + phase * INTERVAL, job.number))
 
     def event_within(self, seconds: float) -> bool:

@@ -102,7 +102,9 @@ class Supervisor:
                     self._files.settle()
                     yield from told  # only what is in the database
                     told = []
-                if not self._running or (paused_at and time.monotonic() - paused_at > PATIENCE):
+                # Nothing runs and no worker is free: all of a cluster's machines are being replaced.
+                left = self._running or not (paused_at or self._executor.free)
+                if not left or (paused_at and time.monotonic() - paused_at > PATIENCE):
                     return
                 if event := self._executor.next_event(LOOK_EVERY):
                     told += self._handle(event)
@@ -214,7 +216,7 @@ class Supervisor:
         return ended
 
     def _died(self, running: Running, event: Died) -> SearchEvent:
-        """The same trial goes on in a new worker, unless it was to end anyway or has cost three."""
+        """The same trial goes on in another worker, unless it was to end anyway or has cost three."""
         if running.stop_reason:
             return self._ended(running)
         number = running.trial.number
@@ -226,6 +228,10 @@ class Supervisor:
                 running, f"its worker died {deaths} times (last exit code {event.exit_code})"
             )
         self._files.tidy({*self._running, *self._orphans})
+        if not self._executor.free:  # a lost machine's place is filled later: the next free worker takes it
+            del self._running[number]
+            self._orphans.insert(0, number)
+            return TrialPaused(number)
         self._executor.submit(self._files.job(running))
         done = len(running.results)
         return TrialResumed(number, running.trial.params, running.recipe.epochs, done, running.baseline)

@@ -98,6 +98,8 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
     tensors["random.cpu"] = torch.get_rng_state()
     if prepared.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(prepared.device)
+    elif prepared.device.type == "mps":
+        tensors["random.mps"] = torch.mps.get_rng_state()
     document = {
         "epoch": state.epoch, "batch": state.batch, "images": state.images, "steps": state.steps,
         "seconds": state.seconds, "learning_rate": state.learning_rate,
@@ -151,6 +153,8 @@ def restore(
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and prepared.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], prepared.device)
+    if "random.mps" in tensors and prepared.device.type == "mps":
+        torch.mps.set_rng_state(tensors["random.mps"])
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

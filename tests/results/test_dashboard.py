@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results import dashboard
 from caltech_hpo.results.guard import SANDBOX, access_to, host_name
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import CONFIRM, FINAL, study_lock
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
 
@@ -498,9 +498,9 @@ def server(made):
             line = next(line for line in process.stderr if "http://" in line)
             port = urlsplit(next(word for word in line.split() if word.startswith("http://"))).port
             yield SimpleNamespace(port=port, line=line)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             rest = process.stderr.read()
-            assert process.wait(timeout=20) == 130 and TOKEN not in line + rest and "Traceback" not in rest
+            assert process.wait(timeout=20) == 143 and TOKEN not in line + rest and "Traceback" not in rest
         finally:
             process.kill()
 
@@ -555,7 +555,12 @@ def test_the_refusal_as_a_user_sees_it(tmp_path):
 def test_a_study_that_is_searched_is_not_deleted(copied):
     app = app_of(copied, writable=True)
     path = f"/api/studies/{copied.study}"
-    with study_lock(default_url(copied.home), copied.home, "demo", "search"):
-        refused = call(app, "DELETE", path)
-    assert refused.status == 409 and b"another search on study 'demo' is running" in refused.body
+    for name, said in (
+        ("demo", b"search on"),
+        (CONFIRM + "demo", b"confirm of"),
+        (FINAL + "demo", b"final training of"),
+    ):
+        with study_lock(default_url(copied.home), copied.home, name, "search"):
+            refused = call(app, "DELETE", path)
+        assert refused.status == 409 and b"another " + said + b" study 'demo' is running" in refused.body
     assert call(app, "DELETE", path).status == 204

@@ -46,10 +46,13 @@ def place(tmp_path):
 def test_the_oldest_comes_first_and_what_ran_before_all(place):
     assert submissions(place.storage) == []
     first, second, third = (
-        submit(place.storage, "demo", trials, Options(seed=1, enqueue=("a=1",))) for trials in (1, 2, 3)
+        submit(place.storage, "demo", trials, Options(seed=1, enqueue=("a=1",), weights="/w.pth"))
+        for trials in (1, 2, 3)
     )
     assert (first.state, first.cancel) == ("waiting", False)
-    assert first.options.arguments() == ["--seed=1", "--enqueue=a=1"]
+    assert first.options.arguments() == ["--weights=/w.pth", "--seed=1", "--enqueue=a=1"]
+    more = Options(baselines=False, skip_unreadable=True)
+    assert more.arguments() == ["--no-baselines", "--skip-unreadable"]
     storage = open_storage(place.storage)
     assert next_submission(storage) == first
     assert next_submission(storage, besides={first.id}).id == second.id
@@ -77,7 +80,8 @@ class Runs:
         code, why, output = self.endings.pop(0)
         path = self.service.log_of(found)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(output)
+        with path.open("a") as log:
+            log.write(output)
         return code, why
 
     def run(self, place):
@@ -103,6 +107,15 @@ def test_what_becomes_of_a_search(place, monkeypatch, code, why, output, state, 
     after = submission(open_storage(place.storage), made.id)
     assert after.state == state and after.message.startswith(message)
     assert bool(after.ended_at) == after.ended and after.began_at
+
+
+def test_an_earlier_searchs_error_is_not_this_ones(place, monkeypatch):
+    made = submit(place.storage, "demo", 3)
+    held = "error: another search on study 'demo' is running: process 7\n"
+    monkeypatch.setattr(service, "RETRY_AFTER", 0.0)
+    Runs(monkeypatch, (4, "", held), (-9, "", "killed\n")).run(place)
+    after = submission(open_storage(place.storage), made.id)
+    assert (after.state, after.message) == ("failed", "ended with exit code -9")
 
 
 def test_one_that_was_cancelled_while_serve_was_away_does_not_begin(place, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from made_studies import searched
 
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import CONFIRM, FINAL, SERVE, study_lock
 from caltech_hpo.search.maintenance import backup, examine, upgrade
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.storage import open_storage, stored_study
@@ -143,9 +143,20 @@ def test_an_older_schema_is_upgraded_on_command_only(older):
     done = run("studies", "--home", str(older))
     assert done.returncode == 4 and "caltech-hpo storage upgrade" in done.stderr
     assert any("v3.0.0.c" in problem for problem in examine(url).problems)
+    for name, said in (
+        ("demo", "search on study 'demo'"),
+        (CONFIRM + "demo", "confirm of study 'demo'"),
+        (FINAL + "demo", "final training of study 'demo'"),
+        (SERVE, "serve on this database"),
+    ):
+        with (
+            study_lock(url, older, name, "search"),
+            pytest.raises(StorageError, match=f"another {said} is run"),
+        ):
+            upgrade(url, older, older / "backups")
     with study_lock(url, older, "demo", "search"):
         done = run("storage", "upgrade", "--home", str(older))
-        assert done.returncode == 4 and "another command on study 'demo' is running" in done.stderr
+        assert done.returncode == 4 and "another search on study 'demo' is running" in done.stderr
     assert (older / "studies.db").read_bytes() == before
     done = upgrade(url, older, older / "backups")
     assert done.backup.read_bytes() and (done.before, done.after) == ("v3.0.0.c", examine(url).newest)

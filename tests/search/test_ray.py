@@ -12,7 +12,7 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search import ray_executor, relay
-from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialResumed, TrialStarted
+from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialPaused, TrialResumed, TrialStarted
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import EpochDone, Finished, Job, Paused, WorkerConfig
@@ -57,6 +57,7 @@ def test_a_killed_node_costs_nothing(cluster, tmp_path):
             if isinstance(event, TrialEpoch) and event.result.epoch == 4 and not killed:
                 killed = True
                 cluster.remove_node(cluster.ours, allow_graceful=False)
+            if isinstance(event, TrialPaused):  # it waits for a machine, and the supervisor does not block
                 cluster.ours = cluster.add_node(num_cpus=1, **cluster.memory)
     assert [event.number for event in events if isinstance(event, TrialStarted)] == [0]
     assert any(isinstance(event, TrialResumed) for event in events)

@@ -528,3 +528,35 @@ def test_a_refused_job_ends_the_search_with_its_own_words(storage):
         supervise(storage, Scripted(script), 3)
     (trial,) = optuna.load_study(study_name="demo", storage=storage).trials
     assert trial.user_attrs["stop_reason"] == "refused: w.pth: the file has changed"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lost_workers_trial_waits_for_the_next_free_one(storage, workers):
+    """A cluster's machine is replaced later, or never: then another worker goes on with the trial."""
+
+    class Shrinking(Scripted):
+        waited = 0
+
+        def next_event(self, seconds=None):
+            if not self.events:  # the last one is being replaced
+                self.waited += 1
+                self.workers = self.waited // 3
+                return None
+            event = super().next_event(seconds)
+            self.workers -= isinstance(event, Died)
+            return event
+
+    def script(job):
+        for event in steady(job):
+            if isinstance(event, EpochDone) and event.result.epoch == 2 and (job.number, job.known) == (0, 0):
+                yield Died(job.number, -9)
+            yield event
+
+    executor = Shrinking(script, workers)
+    study, events = supervise(storage, executor, 3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    mine = [event for event in events if event.number == 0]
+    assert [type(event) for event in mine[:4]] == [TrialStarted, TrialEpoch, TrialPaused, TrialResumed]
+    told = [event.result.epoch for event in mine if isinstance(event, TrialEpoch)]
+    assert told == list(range(1, mine[0].epochs + 1))
+    assert executor.waited == (3 if workers == 1 else 0)
