@@ -16,7 +16,8 @@ from caltech_hpo.search.executors import worker_environment
 from caltech_hpo.spec import Hyperparameters, Recipe
 
 if TYPE_CHECKING:
-    from caltech_hpo.training.bench import BenchTask, Phase, Timing, Way
+    from caltech_hpo.training.batch_timing import Timing
+    from caltech_hpo.training.bench import BenchTask, Phase, Way
 
 # (what is being measured, how many measurements are done, how many there are)
 Progress = Callable[[str, int, int], None]

@@ -7,9 +7,8 @@ workers that are started anew for every epoch, float32, NCHW, no compilation.
 from __future__ import annotations
 
 import multiprocessing
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +22,8 @@ from caltech_hpo.data.augment import AUGMENTATIONS
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import normalization_for
-from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision, synchronize
+from caltech_hpo.training.batch_timing import FEWEST_BATCHES, Batch, Limited, Timing, timed
+from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train_batches
 from caltech_hpo.training.memory import MicroBatches
@@ -33,11 +33,9 @@ from caltech_hpo.training.state import begin
 from caltech_hpo.training.system_memory import is_out_of_memory, keep_freed_memory, memory_share
 
 LOADER_WORKERS = 4
-FEWEST_BATCHES = 3  # of a measurement
 
 Way = Literal["stock", "ours"]
 Phase = Literal["train", "eval", "floor train", "floor eval"]
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,6 @@ class BenchTask:
     data: SearchData
     training: tuple[tuple[Path, int], ...]
     validation: tuple[tuple[Path, int], ...]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """`images` in `seconds` after the first batch was there, which took `start`; `wait` of the seconds
-    went by while a step waited for its batch (on a GPU: while the batch's work was handed to it)."""
-
-    images: int
-    seconds: float
-    start: float
-    wait: float
-
-    def epoch(self, images: int) -> float:
-        """Seconds that an epoch of so many images takes."""
-        return self.start + self.seconds * images / self.images
 
 
 class StockImages(Dataset[Any]):
@@ -121,6 +104,7 @@ class Stock:
         training = phase == "train"
         recipe = self._task.recipe
         files = self._task.training if training else self._task.validation
+        self._warm_up(training=training)
         fitting = int(seconds / self._batch_seconds[phase]) if phase in self._batch_seconds else 0
         count = max(FEWEST_BATCHES, fitting) * recipe.batch_size
         loader = DataLoader(
@@ -134,6 +118,16 @@ class Stock:
             timing = timed(iter(loader), self._train if training else self._evaluate, self._device)
         self._batch_seconds[phase] = (timing.start + timing.seconds) * recipe.batch_size / timing.images
         return timing
+
+    def _warm_up(self, *, training: bool) -> None:
+        """A step that is not timed: a process that was idle is slow at first."""
+        recipe = self._task.recipe
+        batch = torch.zeros(recipe.batch_size, 3, recipe.crop, recipe.crop)
+        self._model.train(training)
+        with torch.set_grad_enabled(training):
+            (self._train if training else self._evaluate)(
+                batch, torch.zeros(recipe.batch_size, dtype=torch.int64)
+            )
 
     def _train(self, inputs: Tensor, labels: Tensor) -> None:
         inputs, labels = (tensor.to(self._device, non_blocking=True) for tensor in (inputs, labels))
@@ -167,15 +161,22 @@ class Ours:
         return self._prepared.training.training(torch.Generator(), torch.Generator())
 
     def measure(self, phase: Phase, seconds: float) -> Timing:
-        """Epochs one after another until `seconds` have passed, and a few batches at least."""
+        """Epochs one after another until `seconds` have passed, and a few batches at least.
+
+        A step before them is not timed: a process that was idle is slow at first.
+        """
         training = phase.endswith("train")
         batches = self._repeated(training) if not phase.startswith("floor") else self._same()
+        self._steps(training, [self._one])
         limited = Limited(batches, seconds, self._device)
-        if training:
-            train_batches(self._recipe, self._prepared, self._state, limited)
-        else:
-            self._evaluate(limited)
+        self._steps(training, limited)
         return limited.timing()
+
+    def _steps(self, training: bool, batches: Iterable[Batch]) -> None:
+        if training:
+            train_batches(self._recipe, self._prepared, self._state, batches)
+        else:
+            self._evaluate(batches)
 
     def _repeated(self, training: bool) -> Iterator[Batch]:
         assert self._prepared.validation is not None, "the bench has both splits"
@@ -187,49 +188,11 @@ class Ours:
             yield self._one
 
     @torch.inference_mode()
-    def _evaluate(self, batches: Limited) -> None:
+    def _evaluate(self, batches: Iterable[Batch]) -> None:
         self._prepared.runs.eval()
         for inputs, _ in batches:
             with autocast(self._device, resolve_precision(self._recipe.precision, self._device)):
                 self._prepared.runs(inputs)
-
-
-class Limited:
-    """Batches until the time is up. The time begins when the first one is there."""
-
-    def __init__(self, batches: Iterator[Batch], seconds: float, device: torch.device) -> None:
-        self._batches, self._seconds, self._device = batches, seconds, device
-        self._begin = self._first = self._end = 0.0
-        self._images = self._count = 0
-        self._wait = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        synchronize(self._device)
-        self._begin = asked = time.perf_counter()
-        for batch in self._batches:
-            now = time.perf_counter()
-            self._first = self._first or now
-            self._wait += now - asked if self._count else 0.0
-            self._images += len(batch[1])
-            self._count += 1
-            yield batch
-            asked = time.perf_counter()
-            if self._count >= FEWEST_BATCHES and asked - self._first >= self._seconds:
-                break
-        synchronize(self._device)
-        self._end = time.perf_counter()
-
-    def timing(self) -> Timing:
-        """What was measured."""
-        return Timing(self._images, self._end - self._first, self._first - self._begin, self._wait)
-
-
-def timed(batches: Iterator[Batch], step: Callable[[Tensor, Tensor], None], device: torch.device) -> Timing:
-    """Takes the step with every batch there is."""
-    limited = Limited(batches, float("inf"), device)
-    for inputs, labels in limited:
-        step(inputs, labels)
-    return limited.timing()
 
 
 def bench_worker(connection: Connection, given: tuple[BenchTask, Way]) -> None:

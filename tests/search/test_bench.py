@@ -13,7 +13,8 @@ from caltech_hpo.search.overhead import measure_overhead
 from caltech_hpo.search.reporters import measure_reports
 from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import Hyperparameters
-from caltech_hpo.training.bench import BenchTask, Ours, Stock, Timing
+from caltech_hpo.training.batch_timing import Timing
+from caltech_hpo.training.bench import BenchTask, Ours, Stock
 
 
 @pytest.fixture(scope="module")
