@@ -144,7 +144,8 @@ def measure_reports(
         try:
             held, store = hold(study, storage)
             spent = {"ask": 0.0, "flush": 0.0}
-            vars(held)["ask"] = _timed(held.ask, spent, "ask")
+            for step in ("infer_relative_search_space", "sample_relative", "sample_independent"):
+                vars(held.sampler)[step] = _timed(getattr(held.sampler, step), spent, "ask")
             vars(store)["flush"] = _timed(store.flush, spent, "flush")
             executor = SimulatedWorkers(workers)
             binding = Binding(classes=101, data="made up", seed=0, precision="fp32")
