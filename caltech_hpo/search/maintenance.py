@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import StorageError
 from caltech_hpo.search.locks import SERVE, all_locks, study_lock
 from caltech_hpo.search.records import RECIPE_KEY, trial_record
+from caltech_hpo.search.sqlite_file import reading
 from caltech_hpo.search.storage import BUSY_TIMEOUT, check_sqlite, open_any_schema
 from caltech_hpo.search.urls import shown, sqlite_path
 
@@ -90,21 +91,12 @@ def _file(url: str, verb: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write. SQLite's locks would be lost if the live file were opened otherwise."""
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
-        connection.isolation_level = None
-        yield connection
-
-
 def _copy(path: Path, target: Path, progress: Progress | None) -> None:
     def copied(_: int, remaining: int, total: int) -> None:
         if progress:
             progress("copying the database: pages", total - remaining, total)
 
-    with _reading(path) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+    with reading(path, BUSY_TIMEOUT) as source, contextlib.closing(sqlite3.connect(target)) as copy:
         # In a read transaction: else every write to the source would begin the copy anew.
         source.execute("BEGIN")
         source.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -115,7 +107,7 @@ def _copy(path: Path, target: Path, progress: Progress | None) -> None:
 def _sqlite_problems(path: Path) -> list[str]:
     """What SQLite itself finds wrong."""
     try:
-        with _reading(path) as connection:
+        with reading(path, BUSY_TIMEOUT) as connection:
             found = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})")]
             foreign = connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_PROBLEMS)
     except sqlite3.DatabaseError as error:

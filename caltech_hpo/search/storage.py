@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.search.changes import DATA_ATTR, SPEC_ATTR, SPEC_HASH_ATTR, check_unchanged
+from caltech_hpo.search.sqlite_file import needs_rollback, reading
 from caltech_hpo.search.urls import no_driver, redact, shown, sqlite_path
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
@@ -47,11 +48,27 @@ def _create_sqlite(url: str, path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{path.name}.create", timeout=BUSY_TIMEOUT):
             if not check_sqlite(path):
-                _connect(url, create=True).engine.dispose()
+                _make_tables(url, path)
     except OSError as error:  # a time-out is one, too
         raise StorageError(
             f"{path.parent}: {error.strerror or error}", "give a writable --home or --storage"
         ) from error
+
+
+def _make_tables(url: str, path: Path) -> None:
+    """A new file takes its name once it is whole: SQLite makes an empty one first, and one that is empty or
+    has a few tables because its maker was killed looks like a damaged one."""
+    from caltech_hpo.data.cache import sync_folder
+
+    if path.exists():
+        _connect(url, create=True).engine.dispose()
+        return
+    new = path.with_name(f".{path.name}.new")
+    for left in (new, new.with_name(f"{new.name}-journal")):
+        left.unlink(missing_ok=True)
+    _connect(f"sqlite:///{new.absolute()}", create=True).engine.dispose()
+    new.replace(path)
+    sync_folder(path.parent)
 
 
 def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.storages.RDBStorage:
@@ -124,8 +141,7 @@ def check_sqlite(path: Path) -> bool:
             "restore it from a backup, or remove it to start with no studies",
         )
     try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT)) as connection:
+        with reading(path, BUSY_TIMEOUT) as connection:
             tables = {
                 row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
             }
@@ -133,6 +149,11 @@ def check_sqlite(path: Path) -> bool:
             rows = connection.execute("SELECT 1 FROM version_info") if "version_info" in tables else []
             versioned = bool(list(rows))
     except sqlite3.OperationalError as error:
+        if needs_rollback(error):
+            raise StorageError(
+                f"{path}: a process was killed while it wrote, and what it left cannot be undone by reading",
+                "run any command once where file and folder can be written",
+            ) from error
         if "locked" not in str(error):
             raise StorageError(f"{path}: cannot be opened: {error}", "check its permissions") from error
         raise StorageError(

@@ -16,6 +16,7 @@ from caltech_hpo.ranges import Choices, FloatRange
 from caltech_hpo.search import storage
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import held, lock_path
+from caltech_hpo.search.maintenance import backup, examine
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
 from caltech_hpo.search.urls import default_url, refuse_password, shown, sqlite_path
@@ -145,6 +146,69 @@ def test_an_error_of_sqlite_names_the_file(url, tmp_path, monkeypatch):
             ours.get_all_studies()
     assert is_database_error(raised.value)
     assert reason_of(raised.value) == f"{tmp_path}/studies.db: database is locked"
+
+
+KILLED_WHILE_IT_COMMITS = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size=1")  # pages go to the file at once, as in the midst of a commit
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("CREATE TABLE half (value)")
+connection.executemany("INSERT INTO half VALUES (?)", [("x" * 4000,)] * 200)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def torn(url, tmp_path):
+    """A database whose writer was killed while it wrote the file: its journal must be rolled back."""
+    storage = open_storage(url)
+    open_study(storage, "demo", load_study("demo"), "x", sampler_seed=0, allow_changed=False)
+    storage.engine.dispose()
+    path = tmp_path / "studies.db"
+    before = path.stat().st_size
+    subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_COMMITS, str(path)], check=False)
+    assert path.with_name("studies.db-journal").stat().st_size and path.stat().st_size > before
+    return path
+
+
+@pytest.mark.parametrize("first", ["open", "read", "check", "backup"])
+def test_what_a_killed_writer_left_is_rolled_back(torn, url, tmp_path, first):
+    if first == "open":
+        open_storage(url)
+    elif first == "read":
+        assert study_names(open_existing(url)) == ["demo"]
+    elif first == "check":
+        assert not examine(url).problems
+    else:
+        backup(url, tmp_path / "copy.db")
+    assert not torn.with_name("studies.db-journal").exists()
+    with contextlib.closing(sqlite3.connect(torn)) as connection:
+        assert not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'"))
+    assert study_names(open_existing(url)) == ["demo"]
+
+
+def test_a_journal_that_cannot_be_rolled_back_is_no_damage(torn, url, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(  # as on a folder that cannot be written
+        "sqlite3.connect", lambda url, **options: connect(url.replace("mode=rw", "mode=ro"), **options)
+    )
+    with pytest.raises(StorageError, match=r"killed while it wrote(.|\n)*can be written"):
+        open_storage(url)
+
+
+def test_who_makes_a_database_and_is_killed_leaves_none(url, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_storage(url)
+    assert open_existing(url) is None
+    (tmp_path / ".studies.db.new").write_bytes(b"")  # what another kill may leave
+    assert study_names(open_storage(url)) == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["studies.db"]
 
 
 def test_all_who_use_a_database_file_meet_at_its_lock(url, tmp_path):
