@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import signal
@@ -254,6 +255,8 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
         except CaltechHpoError as error:
             connection.send(Refused(error))
             return
+        gc.freeze()  # what was imported
+        gc.enable()
         connection.send(context.ready)
         while (job := line.next_job()) is not None:
             events = run_job(job, context, line.interrupted)
