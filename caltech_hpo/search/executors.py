@@ -45,7 +45,7 @@ def _run_worker(connection: Connection, config: WorkerConfig) -> None:
     """`worker_main`, imported where it runs: the supervisor needs no torch.
 
     Importing torch and torchvision makes 330,000 objects that stay. Looking for garbage among them took a
-    fifth of a worker's start, and taking them all apart at its end another fifth (n = 4): nothing is collected
+    fifth of a worker's start, taking them all apart at its end another fifth (n = 4): nothing is collected
     until the worker is ready, and it ends at once. What it writes is on the disk when it says so.
     """
     gc.disable()
