@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
+from commands import COMMAND, answer, call, environment, here
 from helpers import write_folders
 
 from caltech_hpo.data.dataset import scan
-
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-
-
-def environment(**extra):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
-    return kept | {"NO_COLOR": "1", "COLUMNS": "120"} | extra
-
-
-def call(*arguments, cwd, timeout=240, **extra):
-    """Runs the command; returns the finished process."""
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)], cwd=cwd, env=environment(**extra), timeout=timeout,
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def answer(*arguments, cwd, **extra):
-    """The JSON document of a command that must succeed; stdout must hold nothing else."""
-    done = call(*arguments, "--json", cwd=cwd, **extra)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +41,7 @@ def test_search_answers_and_shows_its_progress(searched):
 
 def test_the_same_command_again_does_nothing(searched):
     folder, document, _ = searched
-    done = call("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
+    done = here("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
     assert json.loads(done.stdout) == document
     assert "nothing to do" in done.stderr
 
@@ -87,7 +64,7 @@ def test_final_scores_the_test_set_once(searched):
     names = {path.name for path in model.parent.iterdir()}
     assert names == {"model.safetensors", "model.json", "metrics.json", "curves.png", "confusion.png"}
     stamp = model.stat().st_mtime_ns
-    again = call("final", "--study", "demo", "--json", cwd=folder)
+    again = here("final", "--study", "demo", "--json", cwd=folder)
     assert json.loads(again.stdout) == first and "not used again" in again.stderr
     assert model.stat().st_mtime_ns == stamp
 
@@ -126,7 +103,7 @@ print(np.mean([made["classes"][i] == path.parent.name for i, path in zip(found, 
 def test_report_shows_the_test_score_beside_the_trial(searched):
     folder, document, _ = searched
     result = answer("final", "--study", "demo", "--data", "images", cwd=folder)
-    made = answer("report", "--study", "demo", cwd=folder)
+    made = answer("report", "--study", "demo", cwd=folder, run=here)
     assert made["best"] == document["best"]["trial"]
     scored = [row for row in made["rows"] if row["test_accuracy"] is not None]
     assert [(row["trial"], row["test_accuracy"]) for row in scored] == [
@@ -134,32 +111,32 @@ def test_report_shows_the_test_score_beside_the_trial(searched):
     ]
     assert made["rows"][0]["baseline"].startswith("by hand")
     assert (folder / made["curves"]).stat().st_size > 10_000
-    assert f"{result['test_accuracy']:.4f}" in call("report", "--study", "demo", cwd=folder).stdout
+    assert f"{result['test_accuracy']:.4f}" in here("report", "--study", "demo", cwd=folder).stdout
 
 
 def test_final_on_training_and_validation_images_is_another_use_of_the_test_set(searched):
     folder, document, _ = searched
     answer("final", "--study", "demo", "--data", "images", cwd=folder)
     arguments = ("final", "--study", "demo", "--data", "images", "--fit-on", "train+val")
-    refused = call(*arguments, cwd=folder)
+    refused = here(*arguments, cwd=folder)
     assert refused.returncode == 2 and refused.stdout == "" and "epoch 1/" not in refused.stderr
     assert "was used before" in refused.stderr and '--again "reason"' in refused.stderr
     made = answer(*arguments, "--again", "what more images give", cwd=folder)
     assert made["fit_on"] == "train+val" and made["val_accuracy"] is None
     assert made["best_epoch"] == document["best"]["best_epoch"] and 0 < made["test_accuracy"] <= 1
-    report = answer("report", "--study", "demo", cwd=folder)
+    report = answer("report", "--study", "demo", cwd=folder, run=here)
     assert report["test_uses"] == len(report["finals"]) >= 2
     assert report["test_reasons"] == ["what more images give"]
-    shown = " ".join(call("report", "--study", "demo", cwd=folder).stdout.split())
+    shown = " ".join(here("report", "--study", "demo", cwd=folder).stdout.split())
     assert "again because: what more images give" in shown
 
 
 def test_studies_lists_what_is_declared_and_what_is_there(searched):
     folder, document, _ = searched
-    rows = {row["study"]: row for row in answer("studies", cwd=folder)}
+    rows = {row["study"]: row for row in answer("studies", cwd=folder, run=here)}
     assert rows["demo"]["finished"] == 2 and rows["demo"]["best"]["trial"] == document["best"]["trial"]
     assert rows["alexnet-scratch"]["finished"] == 0 and rows["alexnet-scratch"]["best"] is None
-    shown = call("studies", "show", "alexnet-scratch", cwd=folder).stdout
+    shown = here("studies", "show", "alexnet-scratch", cwd=folder).stdout
     for words in ("learning_rate", "0.001 to 0.1, log", "median", "LR 0.05, 50 epochs, step 35", "0.540"):
         assert words in shown
 
@@ -181,7 +158,7 @@ def test_the_dashboard_serves_the_study(searched):
                 assert len(json.load(reply)["trials"]) == document["finished"]
             with urllib.request.urlopen(f"{url}dashboard", timeout=30) as reply:
                 assert b"<html" in reply.read().lower()
-            taken = call("dashboard", "--port", url.rstrip("/").rsplit(":", 1)[1], cwd=folder)
+            taken = here("dashboard", "--port", url.rstrip("/").rsplit(":", 1)[1], cwd=folder)
             assert taken.returncode == 2 and "cannot listen" in taken.stderr
             server.send_signal(signal.SIGINT)
             assert server.wait(timeout=20) == 130
@@ -196,7 +173,7 @@ def test_a_changed_study_is_refused_before_any_trial(searched, tmp_path):
 
     text = study_files()["demo"].read_text()
     (tmp_path / "studies" / "demo.toml").write_text(text.replace("high = 0.5", "high = 0.4"))
-    done = call("search", "--study", "demo", "--trials", 9, "--home", folder / "storage", cwd=tmp_path)
+    done = here("search", "--study", "demo", "--trials", 9, "--home", folder / "storage", cwd=tmp_path)
     assert done.returncode == 2
     assert "space.learning_rate.high: 0.5 -> 0.4" in done.stderr and "--study demo@2" in done.stderr
 
@@ -223,7 +200,7 @@ def test_two_homes_on_one_database_cannot_search_a_study_at_once(tmp_path):
     ) as search:
         try:
             next(line for line in search.stderr if " epoch 1/" in line)
-            second = call(*arguments, "--home", "two", cwd=tmp_path)
+            second = here(*arguments, "--home", "two", cwd=tmp_path)
             assert second.returncode == 4 and "another search on study 'demo'" in second.stderr
         finally:
             search.send_signal(signal.SIGINT)
@@ -234,7 +211,7 @@ def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tm
     folder, *_ = searched
     first = answer("final", "--study", "demo", "--data", "images", cwd=folder)
     storage = f"sqlite:///{folder / 'storage' / 'studies.db'}"
-    again = call("final", "--study", "demo", "--storage", storage, "--data", "absent", "--json", cwd=tmp_path)
+    again = here("final", "--study", "demo", "--storage", storage, "--data", "absent", "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == {**first, "model": None} and "no longer in" in again.stderr
 
 
@@ -252,17 +229,17 @@ def test_an_unreadable_test_image_is_found_before_training(tmp_path):
 
 
 def test_models_side_by_side(tmp_path):
-    rows = answer("models", cwd=tmp_path)
+    rows = answer("models", cwd=tmp_path, run=here)
     assert {"alexnet", "resnet18", "vgg16"} <= {row["architecture"] for row in rows}
-    assert "BasicBlock" in call("models", "show", "resnet18", cwd=tmp_path).stdout
+    assert "BasicBlock" in here("models", "show", "resnet18", cwd=tmp_path).stdout
 
 
 def test_data_check_finds_faults(tmp_path):
     images = write_folders(tmp_path / "images")
-    document = answer("data", "check", "--data", images, cwd=tmp_path)
+    document = answer("data", "check", "--data", images, cwd=tmp_path, run=here)
     assert len(document["classes"]) == 3 and document["unreadable"] == {}
     (images / "ant" / "image_001.png").write_bytes(b"no image")
-    faulty = call("data", "check", "--data", images, "--json", cwd=tmp_path)
+    faulty = here("data", "check", "--data", images, "--json", cwd=tmp_path)
     assert faulty.returncode == 3
     assert list(json.loads(faulty.stdout)["unreadable"]) == ["training: ant/image_001.png"]
 
@@ -345,7 +322,7 @@ def test_wrong_input_gets_one_clear_error(case, tmp_path):
     prepare, arguments, code, words = WRONG[case]
     write_folders(tmp_path / "images")
     prepare(tmp_path)
-    done = call(*arguments, cwd=tmp_path, timeout=90)
+    done = here(*arguments, cwd=tmp_path)
     message = " ".join(done.stderr.replace("│", " ").split())
     assert done.returncode == code, done.stderr
     assert words in message
@@ -361,7 +338,7 @@ def test_unreadable_images_can_be_left_out(tmp_path):
 
 def test_without_data_or_network_the_three_ways_out_are_named(tmp_path):
     # An unreachable proxy stands for a machine without a network.
-    done = call(
+    done = here(
         "search", "--study", "alexnet-scratch", "--trials", 1, cwd=tmp_path, https_proxy="http://127.0.0.1:9"
     )
     assert done.returncode == 3

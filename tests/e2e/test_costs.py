@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import call, here
 from helpers import write_folders
-
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-
-
-def call(*arguments, cwd, timeout=240):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)], cwd=cwd, env=kept | {"NO_COLOR": "1", "COLUMNS": "120"},
-        timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +58,5 @@ def test_bench_of_searching(folder):
     ],
 )
 def test_wrong_input_is_refused(arguments, words, folder):
-    done = call(*arguments, cwd=folder)
+    done = here(*arguments, cwd=folder)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from commands import COMMAND, environment
 from helpers import write_folders
 
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-VALUES = "batch_size=32,augmentation=random_crop,epochs=9"
+VALUES = "batch_size=32,augmentation=random_crop,epochs=15"
 SEARCH = (
     "search", "--study", "demo", "--data", "images", "--no-baselines", "--no-pruning",
     "--enqueue", f"learning_rate=0.01,{VALUES}", "--enqueue", f"learning_rate=0.02,{VALUES}", "--trials", "2",
 )  # fmt: skip
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")} | {"NO_COLOR": "1"}
 
 
 def begin(folder, *more):
@@ -82,59 +75,50 @@ def wait_for(search, words):
     raise AssertionError(f"{words} never came")
 
 
-# The other ways, and many more instants, are in tests/faults.
-@pytest.mark.parametrize(("who", "workers"), [("worker", "2"), ("everything", "2")], ids=lambda value: value)
-def test_after_kill_9_the_same_trials_go_on(folder, whole, who, workers):
-    with begin(folder, "--workers", workers) as search:
-        wait_for(search, "trial 0 epoch 3/")
-        processes = [psutil.Process(search.pid), *psutil.Process(search.pid).children(recursive=True)]
-        trainers = [p for p in processes[1:] if "spawn_main" in " ".join(p.cmdline())]
-        assert len(trainers) == int(workers)
-        victims = {"worker": trainers[:1], "supervisor": processes[:1], "everything": processes}[who]
-        for process in victims:
-            process.kill()
-        rest = search.stderr.read()
-        assert search.wait(timeout=120) == (0 if who == "worker" else -signal.SIGKILL)
-    assert ("trial 0 goes on" in rest or "trial 1 goes on" in rest) == (who == "worker")
-    for process in trainers:
-        process.wait(timeout=30)  # workers end by themselves when their supervisor is gone
-    again = finish(folder, "--workers", workers)
-    assert who == "worker" or "trial 0 goes on" in again
-    assert curves(folder) == whole[1]
-    assert not list((folder / "storage" / "checkpoints" / "demo").iterdir())
-    assert best_weights(folder) == best_weights(whole[0])
-
-
-def test_a_signal_pauses_and_the_command_goes_on(folder, whole):
-    number, code = signal.SIGTERM, 143
-    with begin(folder) as search:
+# More ways, at random instants, are in tests/faults.
+def test_killed_stopped_and_killed_again_the_same_trials_go_on(folder, whole):
+    """A worker is killed, then everything; then SIGTERM comes, then Ctrl-C twice."""
+    with begin(folder, "--workers", "2") as search:
         wait_for(search, "trial 0 epoch 2/")
+        children = psutil.Process(search.pid).children(recursive=True)
+        trainers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(trainers) == 2
+        trainers[0].kill()
+        wait_for(search, " goes on: ")  # in a new worker
+        everything = [psutil.Process(search.pid), *psutil.Process(search.pid).children(recursive=True)]
+        for process in everything:
+            process.kill()
+        assert search.wait(timeout=120) == -signal.SIGKILL
+    for process in everything[1:]:
+        process.wait(timeout=30)
+    assert [state for state, *_ in curves(folder)] == ["running", "running"]
+
+    with begin(folder) as search:
+        wait_for(search, "trial 0 goes on")
+        wait_for(search, "trial 0 epoch ")
         sent = time.monotonic()
-        search.send_signal(number)
+        search.send_signal(signal.SIGTERM)
         rest = search.stderr.read()
-        assert search.wait(timeout=20) == code and time.monotonic() - sent < 20
+        assert search.wait(timeout=20) == 143 and time.monotonic() - sent < 20
     assert "pausing" in rest and "trial 0 is paused" in rest and "goes on from here" in rest
     assert "Traceback" not in rest
-    assert [file.name for file in (folder / "storage" / "checkpoints" / "demo").iterdir()] == [
-        "trial-0.checkpoint"
-    ]
-    assert "trial 0 goes on" in finish(folder)
-    assert curves(folder) == whole[1]
+    kept = {file.name for file in (folder / "storage" / "checkpoints" / "demo").iterdir()}
+    assert "trial-0.checkpoint" in kept
 
-
-def test_a_second_signal_ends_at_once(folder, whole):
     with begin(folder) as search:
-        wait_for(search, "trial 0 epoch 2/")
+        wait_for(search, "trial 0 epoch ")
         search.send_signal(signal.SIGINT)
         wait_for(search, "pausing")
         search.send_signal(signal.SIGINT)
         rest = search.stderr.read()
         assert search.wait(timeout=20) in (130, -signal.SIGINT)
     assert "Traceback" not in rest
-    state, _, epochs = curves(folder)[0]
-    assert state == "running" and len(epochs) >= 2
-    finish(folder)
+    assert curves(folder)[0][0] == "running"
+
+    assert "trial 0 goes on" in finish(folder)
     assert curves(folder) == whole[1]
+    assert not list((folder / "storage" / "checkpoints" / "demo").iterdir())
+    assert best_weights(folder) == best_weights(whole[0])
 
 
 def told(folder, *command):
@@ -154,18 +138,10 @@ def strip(value, dropped):
     return [strip(part, dropped) for part in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(("confirm", "--finalists", "1", "--seeds", "2"), marks=pytest.mark.storm), ("final",)],
-    ids=["confirm", "final"],
-)
-def test_confirm_and_final_go_on_after_their_supervisor_was_killed(tmp_path, whole, command):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    for folder in (ours, theirs):
-        shutil.copytree(whole[0], folder, symlinks=True)
-    expected, _ = told(theirs, *command)
+def killed(folder, *command):
+    """The command's supervisor was killed in epoch 5 or later; its worker has saved where it was."""
     with subprocess.Popen(
-        [COMMAND, *command, "--study", "demo", "--data", "images"], cwd=ours, env=environment(),
+        [COMMAND, *command, "--study", "demo", "--data", "images"], cwd=folder, env=environment(),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     ) as running:  # fmt: skip
         wait_for(running, "epoch 5/")
@@ -174,7 +150,28 @@ def test_confirm_and_final_go_on_after_their_supervisor_was_killed(tmp_path, who
         running.stderr.read()
     for child in children:
         child.wait(timeout=30)
-    assert list((ours / "storage").rglob("*.checkpoint"))  # where the worker stood when it was left alone
+    assert list((folder / "storage").rglob("*.checkpoint"))
+
+
+def test_final_goes_on_after_its_supervisor_was_killed(tmp_path, whole):
+    """It ends with the accuracy that the search had: the same recipe is the same training."""
+    folder = shutil.copytree(whole[0], tmp_path / "copy", symlinks=True)
+    killed(folder, "final")
+    made, said = told(folder, "final")
+    best = max(
+        (epochs for *_, epochs in whole[1]), key=lambda epochs: max(e["validation_top1"] for e in epochs)
+    )
+    assert made["val_accuracy"] == max(epoch["validation_top1"] for epoch in best)
+    assert "epoch 5/" not in said.partition("goes on")[2] and made["test_images"] == 12
+    assert not list((folder / "storage").rglob("*.checkpoint*"))
+
+
+@pytest.mark.storm
+def test_confirm_goes_on_after_its_supervisor_was_killed(tmp_path, whole):
+    ours, theirs = (shutil.copytree(whole[0], tmp_path / name, symlinks=True) for name in ("ours", "theirs"))
+    command = ("confirm", "--finalists", "1", "--seeds", "2")
+    expected, _ = told(theirs, *command)
+    killed(ours, *command)
     found, _ = told(ours, *command)
     assert found == expected
     assert not list((ours / "storage").rglob("*.checkpoint*"))

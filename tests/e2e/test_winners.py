@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from commands import COMMAND, answer, call, environment, here
 from helpers import write_folders
 
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 VALUES = "epochs=12,batch_size=32,augmentation=center_crop"
 STUDY = ("--study", "demo", "--data", "images")
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")} | {"NO_COLOR": "1"}
-
-
-def call(*arguments, cwd):
-    """Runs the command; returns the finished process."""
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), timeout=240,
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def answer(*arguments, cwd):
-    """The JSON document of a command that must succeed."""
-    done = call(*arguments, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +44,14 @@ def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
     assert means == sorted(means, reverse=True) and made["winner"] == made["finalists"][0]["trial"]
     best = next(one for one in made["finalists"] if one["trial"] == made["search_best"])
     assert made["optimism"] == pytest.approx(best["search_value"] - best["mean"])
-    again = call("confirm", "--study", "demo", "--finalists", 2, "--seeds", 2, cwd=searched)
+    again = here("confirm", "--study", "demo", "--finalists", 2, "--seeds", 2, cwd=searched)
     assert again.returncode == 0 and "all 4 trainings done before" in again.stderr
     for words in ("winner: trial", "over seeds 1, 2", "optimism: the search's best"):
         assert words in again.stdout
 
 
 def test_final_takes_the_confirmed_winner_over_seeds(searched):
-    winner = answer("confirm", *STUDY, "--finalists", 2, "--seeds", 2, cwd=searched)["winner"]
+    winner = answer("confirm", *STUDY, "--finalists", 2, "--seeds", 2, cwd=searched, run=here)["winner"]
     done = call("final", *STUDY, "--seeds", 2, "--json", cwd=searched)
     made = json.loads(done.stdout)
     assert f"trial {winner}, confirmed over 2 seeds" in done.stderr
@@ -81,13 +59,13 @@ def test_final_takes_the_confirmed_winner_over_seeds(searched):
     assert [result["seed"] for result in made["results"]] == [0, 1]
     scores = [result["test_accuracy"] for result in made["results"]]
     assert made["test_accuracy"] == pytest.approx(sum(scores) / 2)
-    single = call("final", "--study", "demo", "--json", cwd=searched)
+    single = here("final", "--study", "demo", "--json", cwd=searched)
     assert json.loads(single.stdout) == made["results"][0] and "not used again" in single.stderr
-    shown = call("final", "--study", "demo", "--seeds", 2, cwd=searched).stdout
+    shown = here("final", "--study", "demo", "--seeds", 2, cwd=searched).stdout
     for words in ("over 2 seeds", "seed 0: test top-1", "seed 1: test top-1", "used 2 times"):
         assert words in shown
-    refused = call("final", *STUDY, "--trial", 1 - winner, cwd=searched)
+    refused = here("final", *STUDY, "--trial", 1 - winner, cwd=searched)
     assert refused.returncode == 2 and '--again "reason"' in refused.stderr and refused.stdout == ""
-    shown = " ".join(call("report", "--study", "demo", cwd=searched).stdout.split())
+    shown = " ".join(here("report", "--study", "demo", cwd=searched).stdout.split())
     assert "the test set was used 2 times on this study" in shown
     assert f"confirmed: trial {winner}: mean validation" in shown and "over 2 fresh seeds" in shown

@@ -115,14 +115,22 @@ def settled(executor):
     return events
 
 
-@pytest.mark.parametrize("how", ["pause", "kill", "terminate"])
-def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
-    """Paused, its worker killed or asked to end: the epochs are those of one that was left alone."""
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """A recipe, and the epochs and best weights of a training that nothing interrupted."""
     many = recipe(epochs=4, augmentation="random_crop_flip", dropout=0.2)
+    best = tmp_path_factory.mktemp("alone") / "best"
+    expected = scores(play(InlineExecutor(config), Job(0, many, best)))
+    return many, expected, best.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["pause", "kill", "terminate"])
+def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path, how):
+    """Paused, its worker killed or asked to end: the epochs are those of one that was left alone."""
+    many, expected, weights = alone
     file = tmp_path / "checkpoints" / "trial-0.checkpoint"
     executor = ProcessExecutor(config, 1, target=eager_worker if how == "kill" else None)
     try:
-        expected = scores(settled_job(executor, Job(0, many, tmp_path / "whole")))
         kept = tmp_path / "best"
         executor.submit(Job(1, many, kept, file))
         begun = []
@@ -149,7 +157,9 @@ def test_a_job_goes_on_from_its_checkpoint(config, tmp_path, how):
             again = settled_job(executor, Job(1, many, kept, file, known))
         assert again[-1] == Finished(1)
         assert scores(begun) + scores(again) == expected
-        assert kept.read_bytes() == (tmp_path / "whole").read_bytes()
+        assert kept.read_bytes() == weights
+        if how != "pause":
+            return
         # what the supervisor does not know, though it was trained, is told again
         assert scores(settled_job(executor, Job(2, many, checkpoint=file, known=1))) == expected[1:]
         settled_job(executor, Job(3, many, tmp_path / "not better", above=1.0))
@@ -194,7 +204,7 @@ def test_workers_end_with_the_executor_even_in_mid_epoch(config):
 )
 def test_what_a_worker_refuses_is_raised_before_any_job(config, change, error):
     with pytest.raises(error):
-        ProcessExecutor(dataclasses.replace(config, **change), 2)
+        ProcessExecutor(dataclasses.replace(config, **change), 1)
     assert not multiprocessing.active_children()
     with pytest.raises(error):
         InlineExecutor(dataclasses.replace(config, **change))
