@@ -29,7 +29,10 @@ from caltech_hpo.search.urls import default_url
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 TRIALS, WORKERS = 30, 2
-MOST_SHOWN = 20  # acknowledgements between two kills
+# Most of a search that is killed again and again is its start, and a random instant mostly falls there. These
+# kills wait for something new to be shown, so that enough is: at most so many acknowledgements.
+WAITING, MOST_SHOWN, MOST_SHOWN_LONG = 0.3, 20, 60
+LONG = 500  # kills
 LONGEST = 240.0  # seconds that a search may take without showing anything
 EPOCH = re.compile(r"trial (\d+) epoch (\d+)/\d+: .*?validation (\d\.\d+)")
 ENDED = re.compile(r"trial (\d+) (complete|pruned|failed)(?::[^,]*)?.*, best validation")
@@ -43,6 +46,7 @@ class Storm:
 
     folder: Path
     draw: random.Random
+    most_shown: int
     kills: Counter[str] = field(default_factory=Counter)
     studies: int = 0
     stuck: int = 0
@@ -77,11 +81,10 @@ class Storm:
     def strike(self, process) -> None:
         """Kills one of the search's processes, at a random instant of its start or of its work."""
         before, begun = self.log.stat().st_size, time.monotonic()
-        # Mostly not before it has shown something new, however fast the machine is.
-        wanted = self.draw.randint(1, MOST_SHOWN) if self.draw.random() < 0.8 else 0
-        while self.shown(before) < wanted and process.poll() is None and time.monotonic() < begun + 60:
+        wanted = self.draw.randint(1, self.most_shown) if self.draw.random() < WAITING else 0
+        while self.shown(before) < wanted and process.poll() is None and time.monotonic() < begun + 120:
             time.sleep(0.02)
-        time.sleep(self.draw.uniform(0, 0.5 if wanted else 3))
+        time.sleep(self.draw.uniform(0, 0.5 if wanted else 6))
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(process.pid)
             if parent.status() == psutil.STATUS_ZOMBIE:
@@ -141,7 +144,7 @@ def test_storm(tmp_path, request, record_property):
     kills = request.config.getoption("--kills")
     seed = int(os.environ.get("STORM_SEED", time.time_ns() % 2**32))
     write_folders(tmp_path / "images", images=12)
-    storm = Storm(tmp_path, random.Random(seed))
+    storm = Storm(tmp_path, random.Random(seed), MOST_SHOWN_LONG if kills >= LONG else MOST_SHOWN)
     begun = time.monotonic()
     storm.run(kills)
     url = default_url(tmp_path / "storage")
@@ -176,7 +179,7 @@ def test_storm(tmp_path, request, record_property):
     }  # fmt: skip
     print("\nstorm:", json.dumps(facts))
     record_property("storm", json.dumps(facts))
-    enough = 10 * kills if kills >= 500 else 5 * kills
+    enough = (10 if kills >= LONG else 3) * kills
     assert figures["acknowledged"] >= enough, "a storm that saw nothing proves nothing"
     assert (figures["lost"], figures["duplicated"], figures["stuck"]) == (0, 0, 0), facts
     assert not leftover
