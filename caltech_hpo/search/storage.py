@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 METRIC = "validation top-1 accuracy"
 # Some of Optuna's: a process killed while it made them left fewer.
 OPTUNAS_TABLES = {"studies", "trials", "trial_heartbeats", "trial_intermediate_values", "alembic_version"}
+RIGHT_SCHEMAS: set[str] = set()  # that the installed Optuna has found right in this process
 BUSY_TIMEOUT = 60  # seconds that SQLite waits for another writer
 
 
@@ -84,9 +85,15 @@ def _connect(url: str, *, create: bool, any_schema: bool = False) -> optuna.stor
         options["connect_args"] = {"timeout": BUSY_TIMEOUT}
     fix = "check --storage (or CALTECH_HPO_STORAGE), the file's permissions, and that the server answers"
     try:
-        return StudyStorage(
-            url, engine_kwargs=options, skip_table_creation=not create, skip_compatibility_check=any_schema
+        storage = StudyStorage(
+            url, engine_kwargs=options, skip_table_creation=not create, skip_compatibility_check=True
         )
+        schema = storage.get_current_version()
+        # Optuna reads all its migrations to say which is the newest: a tenth of a second each time.
+        if not any_schema and schema not in RIGHT_SCHEMAS:
+            storage._version_manager.check_table_schema_compatibility()
+            RIGHT_SCHEMAS.add(schema)
+        return storage
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise StorageError(f"{shown(url)}: cannot be opened: {_first_line(error, url)}", fix) from error
     except RuntimeError as error:  # Optuna's word for a schema of another version
