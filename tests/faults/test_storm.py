@@ -121,6 +121,7 @@ class Storm:
                     self.strike(process)
                 done = not self.settle(process)
             self.studies += done
+            print(f"storm: {sum(self.kills.values())} kills, study {self.studies + 1}", flush=True)
             assert self.codes[process.returncode] < 3 * kills + 3, self.log.read_text()[-2000:]
 
 
