@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.loading import SearchData
-from caltech_hpo.search.executors import worker_environment
+from caltech_hpo.search.spawning import worker_environment
 from caltech_hpo.spec import Hyperparameters, Recipe
 
 if TYPE_CHECKING:

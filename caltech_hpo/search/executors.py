@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -28,34 +22,14 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
-
-# glibc returns every freed activation (tens of MB each) to the system and faults it in again at the
-# next step. Keeping freed memory, in huge pages, made an AlexNet step on a CPU 1.25 times as fast.
-GLIBC_TUNABLES = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
-)
-
+from caltech_hpo.search.spawning import Target, run_worker, spawn
 
 ATTEMPTS = 3  # at starting a worker
+TOO_MANY_LOSSES = (
+    f"a worker was killed {ATTEMPTS} times before it was ready",
+    "mostly that is for lack of memory: use fewer --workers, then run again",
+)
 CLOSING = 15.0  # seconds that a worker has to save where its job is
-Target = Callable[[Connection, Any], None]
-
-
-def _run_worker(connection: Connection, config: WorkerConfig) -> None:
-    """`worker_main`, imported where it runs: the supervisor needs no torch.
-
-    Importing torch and torchvision makes 330,000 objects that stay. Looking for garbage among them took a
-    fifth of a worker's start, taking them all apart at its end another fifth (n = 4): nothing is collected
-    until the worker is ready, and it ends at once. What it writes is on the disk when it says so.
-    """
-    gc.disable()
-    from caltech_hpo.search.worker import worker_main
-
-    worker_main(connection, config)
-    connection.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 class Executor(Protocol):
@@ -65,7 +39,7 @@ class Executor(Protocol):
 
     @property
     def free(self) -> int:
-        """How many workers have no job. One that died counts once its successor is ready."""
+        """How many workers have no job."""
 
     def submit(self, job: Job | Measure) -> None:
         """Gives a job to a free worker."""
@@ -99,8 +73,19 @@ class Executor(Protocol):
 class _Worker:
     process: SpawnProcess
     connection: Connection
-    job: int | None = None
+    task: Job | Measure | None = None
     ready: bool = False
+    losses: int = 0  # in a row, of processes in this place, before they were ready
+
+    @property
+    def job(self) -> int | None:
+        return None if self.task is None else self.task.number
+
+
+def _require_killed(code: int) -> None:
+    """Killed is somebody's doing, for lack of memory say; any other end before it was ready is a bug."""
+    if code >= 0:
+        raise RuntimeError(f"a worker ended with exit code {code} before it was ready")
 
 
 class ProcessExecutor:
@@ -111,7 +96,7 @@ class ProcessExecutor:
 
         `target` takes the place of `worker_main`, to measure what is not training.
         """
-        self._config, self._target = config, target or _run_worker
+        self._config, self._target = config, target or run_worker
         self._workers: list[_Worker] = []
         self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
@@ -122,13 +107,7 @@ class ProcessExecutor:
             raise
 
     def _spawn(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=self._target, args=(theirs, self._config), daemon=True)
-        with worker_environment():
-            process.start()
-        theirs.close()  # so that the pipe closes when the worker dies
-        return _Worker(process, ours)
+        return _Worker(*spawn(self._target, self._config))
 
     def _started(self, index: int) -> Ready:
         """Waits until a worker is ready; one that is killed meanwhile gets two more attempts."""
@@ -138,10 +117,7 @@ class ProcessExecutor:
                 self._workers[index] = self._spawn()
             with contextlib.suppress(ChildProcessError):
                 return self._await_ready(self._workers[index])
-        raise CaltechHpoError(
-            f"a worker was killed {ATTEMPTS} times before it was ready",
-            "mostly that is for lack of memory: use fewer --workers, then run again",
-        )
+        raise CaltechHpoError(*TOO_MANY_LOSSES)
 
     def _await_ready(self, worker: _Worker) -> Ready:
         try:
@@ -149,9 +125,8 @@ class ProcessExecutor:
         except (EOFError, ConnectionResetError):
             worker.process.join()
             code = worker.process.exitcode or 0
-            # Killed is somebody's doing, for lack of memory say; any other end is a bug.
-            error = ChildProcessError if code < 0 else RuntimeError
-            raise error(f"a worker ended with exit code {code} before it was ready") from None
+            _require_killed(code)
+            raise ChildProcessError(f"a worker was killed by signal {-code} before it was ready") from None
         if isinstance(message, Refused):
             raise message.error
         assert isinstance(message, Ready)
@@ -160,13 +135,13 @@ class ProcessExecutor:
 
     @property
     def free(self) -> int:
-        """Workers without a job."""
-        return sum(worker.job is None for worker in self._workers)
+        """Workers without a job; one that still starts takes it when it is ready."""
+        return sum(worker.task is None for worker in self._workers)
 
     def submit(self, job: Job | Measure) -> None:
         """Sends the job to the first free worker."""
-        worker = next(worker for worker in self._workers if worker.job is None)
-        worker.job = job.number
+        worker = next(worker for worker in self._workers if worker.task is None)
+        worker.task = job
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # next_event will say Died
             worker.connection.send(job)
 
@@ -174,7 +149,7 @@ class ProcessExecutor:
         """Whether a worker with a job speaks, or dies, within so many seconds."""
         if not self._ready:
             self._ready = wait(
-                [worker.connection for worker in self._workers if worker.job is not None], seconds
+                [worker.connection for worker in self._workers if worker.task is not None], seconds
             )
         return bool(self._ready)
 
@@ -185,27 +160,53 @@ class ProcessExecutor:
     def next_event(self, seconds: float) -> Event | None: ...
 
     def next_event(self, seconds: float | None = None) -> Event | None:
-        """The next event; a dead worker is replaced before its Died is returned."""
-        busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
-        ready = self._ready or wait(list(busy), seconds)
-        if not ready:
-            return None
-        worker = busy[ready[0]]  # type: ignore[index]
-        self._ready = ready[1:]
-        assert worker.job is not None
+        """The next event. A dead worker's successor starts while the others go on."""
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
+            left = None if until is None else max(0.0, until - time.monotonic())
+            ready = self._ready or wait(list(busy), left)
+            if not ready:
+                return None
+            self._ready = ready[1:]
+            event = self._read(busy[ready[0]])  # type: ignore[index]
+            if event is not None:
+                return event
+
+    def _read(self, worker: _Worker) -> Event | None:
+        """What the worker says; None where that is only that it is ready, or ended before it was."""
+        assert worker.task is not None
         try:
-            event: Event = worker.connection.recv()
+            event: Event | Ready | Refused = worker.connection.recv()
         except (EOFError, ConnectionResetError):
-            worker.process.join()
-            died = Died(worker.job, worker.process.exitcode or 0)
-            worker.connection.close()
-            index = self._workers.index(worker)
-            self._workers[index] = self._spawn()
-            self._started(index)
-            return died
+            return self._replace(worker)
+        if isinstance(event, Refused):
+            raise event.error
+        if isinstance(event, Ready):
+            worker.ready, worker.losses = True, 0
+            return None
         if not isinstance(event, (EpochDone, Working)):
-            worker.job = None
+            worker.task = None
         return event
+
+    def _replace(self, worker: _Worker) -> Died | None:
+        """Starts a dead worker's successor; one that ended before it was ready leaves it its job."""
+        worker.process.join()
+        code, task, losses = worker.process.exitcode or 0, worker.task, worker.losses + 1
+        assert task is not None
+        if not worker.ready:
+            _require_killed(code)
+            if losses == ATTEMPTS:
+                raise CaltechHpoError(*TOO_MANY_LOSSES)
+        worker.connection.close()
+        successor = self._spawn()
+        self._workers[self._workers.index(worker)] = successor
+        if worker.ready:
+            return Died(task.number, code)
+        successor.task, successor.losses = task, losses
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            successor.connection.send(task)
+        return None
 
     def answer(self, job: int, go_on: bool) -> None:
         """Sends the decision to the job's worker."""
@@ -216,7 +217,7 @@ class ProcessExecutor:
     def pause(self) -> None:
         """Sends Pause to all that have a job."""
         for worker in self._workers:
-            if worker.job is not None:
+            if worker.task is not None:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     worker.connection.send(Pause())
 
@@ -230,7 +231,7 @@ class ProcessExecutor:
         """Asks idle workers to leave, ends busy ones, waits for all."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
-                if worker.ready and worker.job is None and worker.process.is_alive():
+                if worker.ready and worker.task is None and worker.process.is_alive():
                     worker.connection.send(None)
                 else:
                     worker.process.terminate()
@@ -241,20 +242,3 @@ class ProcessExecutor:
                 worker.process.join()
             worker.connection.close()
         self._workers = []
-
-
-@contextlib.contextmanager
-def worker_environment(*, tuned: bool = True) -> Iterator[None]:
-    """What a child inherits: Ctrl-C ignored from its first instant, and if `tuned` the allocator settings."""
-    ours = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no change
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
-    before = os.environ.get("GLIBC_TUNABLES")
-    if tuned and sys.platform == "linux" and before is None:
-        os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, handler)
-        if before is None:
-            os.environ.pop("GLIBC_TUNABLES", None)

@@ -8,11 +8,11 @@ import os
 import signal
 
 import pytest
-from helpers import eager_worker, write_folders
+from helpers import eager_worker, gated_worker, write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
-from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.errors import CaltechHpoError, UsageError, WeightsError
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import (
@@ -103,6 +103,57 @@ def test_a_killed_worker_is_reported_and_replaced(config):
     finally:
         executor.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """Two workers of made-up epochs with a job each, and the first one's successor, which cannot be ready."""
+    executor = ProcessExecutor(tmp_path, 2, target=gated_worker)
+    try:
+        for number in (0, 1):
+            executor.submit(Job(number, recipe()))
+        executor.kill(0)
+        seen = []
+        while Died(0, -signal.SIGKILL) not in seen:
+            seen.append(executor.next_event())
+            if isinstance(seen[-1], EpochDone):
+                executor.answer(seen[-1].job, True)
+        executor.submit(Job(0, recipe()))
+        yield executor
+    finally:
+        executor.close()
+
+
+def killed_in_its_start(executor):
+    (starting,) = [worker for worker in executor._workers if worker.job == 0]
+    assert not starting.ready
+    executor.kill(0)
+    starting.process.join()
+
+
+def test_a_dead_workers_successor_holds_up_nobody(gated, tmp_path):
+    executor = gated
+    for number in range(5):
+        if number == 2:
+            killed_in_its_start(executor)  # the job waits for the next one
+        event = executor.next_event()
+        assert isinstance(event, EpochDone) and event.job == 1
+        executor.answer(1, number < 4)
+    assert executor.next_event() == Finished(1)
+    assert executor.next_event(0.2) is None and executor.free == 1
+    (tmp_path / "go").touch()
+    event = executor.next_event()
+    assert isinstance(event, EpochDone) and event.job == 0
+    executor.answer(0, False)
+    assert executor.next_event() == Finished(0) and executor.free == 2
+
+
+def test_a_worker_that_never_becomes_ready_ends_the_search(gated):
+    with pytest.raises(CaltechHpoError, match="killed 3 times before it was ready"):
+        for _ in range(3):
+            killed_in_its_start(gated)
+            for _ in range(20):  # the other one goes on
+                gated.answer(gated.next_event().job, True)
 
 
 def settled(executor):
