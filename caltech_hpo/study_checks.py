@@ -92,6 +92,14 @@ def model_of(kind: type[Model], table: Any, key: str, problems: list[str]) -> Mo
         return None
 
 
+# Pydantic's words for what a file can have, in a user's.
+PLAIN = {
+    "extra_forbidden": "there is no such field; the README lists them",
+    "too_short": "is empty",
+    "missing": "must be given",
+}
+
+
 def describe(error: ValidationError, key: str) -> list[str]:
     """Pydantic's findings as "key.field: what (got value)" lines."""
     lines = []
@@ -99,7 +107,8 @@ def describe(error: ValidationError, key: str) -> list[str]:
         where = ".".join([key, *(str(part) for part in item["loc"])])
         got = item.get("input")
         shown = f" (got {got!r})" if isinstance(got, (str, int, float, bool)) else ""
-        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+        what = PLAIN.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {what}{shown}")
     return lines
 
 

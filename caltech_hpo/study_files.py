@@ -53,6 +53,8 @@ def load_study(name: str) -> StudySpec:
             f"'{name}' is no study name",
             "use letters, digits, '.', '_', '@' and '-', at most 100, beginning with a letter or digit",
         )
+    if name.endswith("@"):
+        raise UsageError(f"'{name}' says nothing behind '@'", f"write '{name}2' for a second '{name[:-1]}'")
     files = study_files()
     path = files.get(name) or files.get(base_name(name))
     if path is None:

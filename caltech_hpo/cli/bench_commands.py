@@ -105,7 +105,7 @@ def bench(
     Example: caltech-hpo bench --model alexnet --seconds 10
     """
     place = place_of(home, storage, data)
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         if reporters is not None:
             held = run_reporters(place, reporters, max(seconds, LEAST_SECONDS), sampler.value, bars)
             answer(asdict(held), as_json, reports_table(held))

@@ -32,7 +32,8 @@ from caltech_hpo.cli.options import (
 from caltech_hpo.cli.tables import table_of
 
 if TYPE_CHECKING:
-    from caltech_hpo.results.confirm import ConfirmEvent, ConfirmPlan, Training
+    from caltech_hpo.results.confirm import ConfirmPlan
+    from caltech_hpo.results.confirm_events import ConfirmEvent, Training
     from caltech_hpo.results.ranking import Confirmation
 
 
@@ -116,14 +117,15 @@ class ConfirmView:
 
     def handle(self, event: ConfirmEvent) -> None:
         """Takes in one event."""
-        from caltech_hpo.results.confirm import TrainingEpoch, TrainingStarted
+        from caltech_hpo.results.confirm_events import TrainingEpoch, TrainingStarted
 
         training, epochs = event.training, event.training.recipe.epochs
         name = f"trial {training.trial} seed {training.recipe.seed}"
         if isinstance(event, TrainingStarted):
             if self._console.is_terminal:
                 self._tasks[training] = self._bars.add_task(name, total=epochs)
-            self._line(f"{name} starts ({self._places[training]} of {len(self._places)} trainings)")
+            how = "goes on; the epochs before its checkpoint are shown again" if event.resumed else "starts"
+            self._line(f"{name} {how} ({self._places[training]} of {len(self._places)} trainings)")
         elif isinstance(event, TrainingEpoch):
             result = event.result
             self._seconds.append(result.seconds)
@@ -175,6 +177,10 @@ def confirmation_table(made: Confirmation) -> Group:
         f"{best.mean:.4f}: {made.optimism:+.4f}",
         f"next: caltech-hpo final --study {made.study}",
     ]
+    close = [one.trial for one in made.finalists if one.behind_ci95 and one.behind_ci95[0] <= 0]
+    if close:
+        trials = f"trial {close[0]} is" if len(close) == 1 else f"trials {', '.join(map(str, close))} are"
+        lines.insert(1, f"{trials} not clearly behind: the paired interval holds 0; more --seeds tell more")
     if count < 2:
         lines.insert(0, "one seed has no interval: give --seeds 2 or more")
     table = table_of(columns, cells, left=("parameters",), title=title)

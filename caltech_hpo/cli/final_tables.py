@@ -25,7 +25,9 @@ def final_text(result: FinalResult, choice: str, uses: int, folder: Path) -> str
             f"over {result.test_images:,} images; mean per class {result.test_mean_per_class_accuracy:.4f}"
             + flip_text(result),
             uses_text(uses),
-            f"model, metrics and plots: {folder}",
+            *([f"model, metrics and plots: {folder}"] if folder.is_dir() else []),
+            f"next: caltech-hpo predict IMAGE --study {result.study}; or look: caltech-hpo report --study "
+            f"{result.study}",
         ]
     )
 

@@ -53,7 +53,7 @@ def init(
     path = Path("studies") / f"{name}.toml"
     if path.exists() and not force:
         raise UsageError(f"{path}: is there already", "choose another name, or write over it with --force")
-    with goes_on():
+    with goes_on(kept=False):
         index = scan(data)
         facts = facts_of(index, data, short_sides(index))
     chosen = model or default_model(scratch=from_scratch)

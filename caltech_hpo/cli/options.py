@@ -77,6 +77,8 @@ def answer(document: Any, as_json: bool, human: RenderableType) -> None:
     """Prints the JSON document, or what a person wants to read, on stdout."""
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    elif human == "":
+        return  # nothing to say
     elif isinstance(human, str):
         Console().print(human, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -97,16 +99,21 @@ def options_after(context: typer.Context) -> None:
 
 def this_command() -> str:
     """The command as it was typed; no password stands in it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    return shlex.join(["caltech-hpo" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 @contextmanager
-def goes_on() -> Iterator[None]:
-    """Ctrl-C ends the command with 130 and says how to continue (typer alone would be silent)."""
+def goes_on(*, kept: bool = True) -> Iterator[None]:
+    """Ctrl-C ends the command with 130 and says how to continue (typer alone would be silent).
+
+    `kept` says whether the next call goes on, or begins anew.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from here: {this_command()}")
+        what = "the same command goes on from here" if kept else "nothing is kept; to begin anew"
+        say(f"interrupted; {what}: {this_command()}")
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -47,7 +47,7 @@ def report_all(place: Place, output: Path | None, as_json: bool) -> None:
     folder = output or place.home / "reports"
     if output is None and not place.home.is_dir():
         raise UsageError(f"{place.home}: there is no such home", "give --home, or --output DIR for the page")
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         made = make_overview(place)
         try:
             pages = write_pages(made, folder, bars)

@@ -65,7 +65,7 @@ def plan(
         study, trials, workers=workers, device=device, baselines=not no_baselines, pruning=not no_pruning,
         skip_unreadable=skip_unreadable,
     )  # fmt: skip
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         made = make_plan(request, place_of(home, storage, data), progress=bars, say=say)
     answer(plan_json(made), as_json, plan_text(made))
 

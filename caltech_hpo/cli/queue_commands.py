@@ -86,7 +86,7 @@ def submit(
     made = submitted(place_of(home, storage).storage, study, trials, options)
     answer(
         made.model_dump(mode="json"), as_json,
-        f"submission {made.id}: study {study}, {trials} trials; 'caltech-hpo status' shows it",
+        f"submission {made.id}: study {study}, {trials} trials; 'caltech-hpo serve' runs it, 'status' shows it",
     )  # fmt: skip
 
 
@@ -108,13 +108,19 @@ def status(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show the queue, the studies, and the trials that run now.
+    """Show the queue, the studies, and the trials that have begun and not ended.
+
+    Those of a search that was killed or cancelled stand there too: they wait for its next call.
 
     Example: caltech-hpo status --watch
     """
     from caltech_hpo.results.status import read_status
+    from caltech_hpo.search.storage import has_database
+    from caltech_hpo.search.urls import shown
 
     place = place_of(home, storage)
+    if not has_database(place.storage):
+        say(f"there is no study database yet: {shown(place.storage)}")
     if not watch:
         made = read_status(place)
         answer(made.model_dump(mode="json"), as_json, _status(made))

@@ -65,7 +65,7 @@ def replay(
     """
     from caltech_hpo.results.replay import replay as replay_study
 
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         made = replay_study(
             study, place_of(home, storage), pruners=pruner or (),
             compare_at=compare_at.value if compare_at else None, progress=bars,

@@ -32,6 +32,7 @@ from caltech_hpo.cli.tables import report_table
 if TYPE_CHECKING:
     from caltech_hpo.results.ledger import FinalResult
     from caltech_hpo.results.plan import FinalPlan
+    from caltech_hpo.spec import EpochResult
 
 
 class FitOnChoice(StrEnum):
@@ -67,6 +68,10 @@ def final(
         bool,
         typer.Option("--allow-leak", help="Score though test images are training or validation images too."),
     ] = False,
+    retrain: Annotated[
+        bool,
+        typer.Option("--retrain", help="Train lost weights of a scored recipe again; nothing is scored."),
+    ] = False,
     device: Device = "auto",
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
@@ -88,11 +93,11 @@ def final(
     with goes_on():
         with progress_bars() as bars:
             plans = plan_finals(
-                study, place, fit_on=fit_on.value, seeds=seeds, trial=trial, again=again,
+                study, place, fit_on=fit_on.value, seeds=seeds, trial=trial, again=again, retrain=retrain,
                 progress=bars, say=say,
             )  # fmt: skip
         say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
-        results = [_scored(plan, device, skip_unreadable, allow_leak) for plan in plans]
+        results = [_scored(plan, device, skip_unreadable, allow_leak, retrain) for plan in plans]
     _answer_final(plans, results, as_json)
 
 
@@ -118,26 +123,41 @@ def _document(result: FinalResult, folder: Path) -> dict[str, Any]:
     return {**result.model_dump(mode="json"), "model": str(model) if model.exists() else None}
 
 
-def _scored(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> FinalResult:
+def _scored(
+    plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool, retrain: bool
+) -> FinalResult:  # fmt: skip
     """The recipe's score: the stored one, or a new one."""
-    from caltech_hpo.results.final import final_lock, is_settled
+    from caltech_hpo.results.final import final_lock, is_settled, restore, score
+    from caltech_hpo.results.model_files import has_weights
 
     what = f"trial {plan.record.number}, seed {plan.recipe.seed},"
     if plan.stored is not None and is_settled(plan):
         say(f"{what} was scored before; the test set is not used again")
-        if not plan.folder.is_dir():
-            say(f"its files are no longer in {plan.folder}")
+        if has_weights(plan.folder):
+            return plan.stored
+        if not retrain:
+            say(
+                f"its weights are no longer in {plan.folder}; --retrain trains them again, and scores nothing"
+            )
+            return plan.stored
+        with final_lock(plan):
+            say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
+            restore(plan, _trained(plan, device, skip_unreadable, allow_leak))
         return plan.stored
     with final_lock(plan) as taken:
         if taken is not None:
             say(f"{what} was scored meanwhile; the test set is not used again")
             return taken
         say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
-        return _train_and_score(plan, device, skip_unreadable, allow_leak)
+        epochs = _trained(plan, device, skip_unreadable, allow_leak)
+        say("scoring the test set")
+        with progress_bars() as bars:
+            return score(plan, epochs, device=device, skip_unreadable=skip_unreadable, progress=bars)
 
 
-def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> FinalResult:
-    from caltech_hpo.results.final import retrain, score
+def _trained(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> list[EpochResult]:
+    """Trains, showing the epochs."""
+    from caltech_hpo.results.final import retrain
 
     view = EpochView(Console(stderr=True), plan.recipe.epochs)
     with progress_bars() as bars, view.shown():
@@ -149,9 +169,7 @@ def _train_and_score(plan: FinalPlan, device: str, skip_unreadable: bool, allow_
             bars.close()
             view.handle(result)
             epochs.append(result)
-    say("scoring the test set")
-    with progress_bars() as bars:
-        return score(plan, epochs, device=device, skip_unreadable=skip_unreadable, progress=bars)
+    return epochs
 
 
 def report(

@@ -142,7 +142,7 @@ def search(
         cluster=cluster_of(engine, ray_address, gpus_per_worker, cpus_per_worker),
     )  # fmt: skip
     place = place_of(home, storage, data)
-    with goes_on(), contextlib.ExitStack() as stack:
+    with goes_on(kept=not smoke), contextlib.ExitStack() as stack:
         if smoke:
             request, place = stack.enter_context(prepare_smoke(request, place))
         stop = StopSignals()

@@ -204,6 +204,10 @@ def check_table(result: CheckResult) -> Group:
     for found, what in (
         (result.leaks, "leaks, groups of the same pixels in test and in training or validation"),
         (result.duplicates, "duplicates, groups of the same pixels in training and validation"),
+        (
+            result.contradictions,
+            "contradictions, groups of the same pixels in one split, but several classes",
+        ),
     ):
         lines.append(f"{what}: {len(found)}")
         lines += ["  " + " = ".join(group) for group in found]

@@ -27,7 +27,7 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import table_of
-from caltech_hpo.errors import DataError, StorageError
+from caltech_hpo.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,14 +78,14 @@ def predict(
     files = image_files(images)
     chosen = find_model(study, place_of(home, storage), model)
     say(f"model: {chosen.words}")
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         made = list(predicted(chosen.model, files, device=device, top=top, progress=bars))
     document = {
         "model": str(chosen.model.weights),
         "images": [one.model_dump(mode="json") for one in made],
     }
-    answer(document, as_json, _predictions(made))
     problems = [one for one in made if one.problem]
+    answer(document, as_json, "" if len(problems) == len(made) else _predictions(made))
     if problems:
         lines = "".join(f"\n  {one.file}: {one.problem}" for one in problems[:SHOWN])
         raise DataError(f"{len(problems)} file(s) could not be read:{lines}", "replace them")
@@ -113,6 +113,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="The file.", show_default="STUDY.onnx or STUDY.pt2 here")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     as_json: Json = False,
@@ -130,8 +131,10 @@ def export(
 
     chosen = find_model(study, place_of(home, storage), model)
     file = output or Path(f"{study or chosen.model.weights.stem}{SUFFIXES[kind.value]}")
+    if file.exists() and not force:
+        raise UsageError(f"{file}: is there already", "give another --output, or write over it with --force")
     say(f"model: {chosen.words}; writing {file}, which takes a few seconds")
-    with goes_on():
+    with goes_on(kept=False):
         try:
             made = exported(chosen.model, kind.value, file)
         except OSError as error:
@@ -180,7 +183,7 @@ def errors(
     place = place_of(home, storage, data)
     chosen = find_model(study, place, model, held_out=True)
     say(f"model: {chosen.words}")
-    with goes_on(), progress_bars() as bars:
+    with goes_on(kept=False), progress_bars() as bars:
         found = find_mistakes(
             study, place, chosen, device=device, most=most, skip_unreadable=skip_unreadable,
             progress=bars, say=say,

@@ -9,7 +9,7 @@ from pathlib import Path
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.decode import decode_all
-from caltech_hpo.data.duplicates import digest, groups
+from caltech_hpo.data.duplicates import contradicting, digest, groups
 
 CHECK_SIZE = 256  # the short side at which most studies compare
 
@@ -29,8 +29,8 @@ class CheckResult:
     """The findings. `unreadable` maps a path to the reason.
 
     `leaks` are groups of images with the same decoded pixels of which one is in the test split and one in
-    training or validation; `duplicates` are in training and validation alone. A path is written
-    "split: class/file".
+    training or validation; `duplicates` are in training and validation alone; `contradictions` are in one
+    split under several classes. A path is written "split: class/file".
     """
 
     root: Path
@@ -40,6 +40,7 @@ class CheckResult:
     unreadable: dict[str, str]
     leaks: tuple[tuple[str, ...], ...]
     duplicates: tuple[tuple[str, ...], ...]
+    contradictions: tuple[tuple[str, ...], ...]
 
     @property
     def has_faults(self) -> bool:
@@ -74,4 +75,5 @@ def check(index: DatasetIndex, *, progress: Progress | None = None) -> CheckResu
         unreadable=unreadable,
         leaks=tuple(group.names for group in found if group.is_leak),
         duplicates=tuple(group.names for group in found if not group.is_leak),
+        contradictions=tuple(group.names for group in contradicting(digests)),
     )

@@ -75,7 +75,7 @@ def _scan(root: Path) -> DatasetIndex:
     empty = [name for name, found in names.items() if not found]
     if empty:
         raise DataError(
-            f"{images}: class folder(s) without an image: {', '.join(empty)}",
+            f"{images}: class folder(s) without an image: {', '.join(map(repr, empty))}",
             "add images to them or remove the folders",
         )
     classes = tuple(names)
@@ -90,7 +90,7 @@ def _scan(root: Path) -> DatasetIndex:
     if lists is None:
         train = [sample for i, sample in enumerate(everything) if i % EVERY_THIRD]
         test = [sample for i, sample in enumerate(everything) if i % EVERY_THIRD == 0]
-        source, unlisted = "split rule: every third image is test", 0
+        source, unlisted = "by rule: every third image is test", 0
     else:
         known = {sample.path: sample for sample in everything}
         listed = read_lists(*lists, images, known)
@@ -109,7 +109,9 @@ def _check_coverage(index: DatasetIndex) -> None:
     if missing:
         raise DataError(
             f"{index.root}: class(es) without a training image: {', '.join(missing)}",
-            "give each class at least 3 images, or list one at an even place of train.txt",
+            "give each class at least 3 images"
+            if "rule" in index.split_source
+            else "list one of each on an odd line (1, 3, 5 ...) of train.txt: even ones are validation",
         )
     for part in ("validation", "test"):
         if not getattr(index, part):

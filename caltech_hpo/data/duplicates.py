@@ -41,12 +41,28 @@ def digest(pixels: Pixels) -> bytes:
     return total.digest()
 
 
-def groups(keyed: Iterable[tuple[Hashable, tuple[str, str]]]) -> list[Group]:
+Keyed = Iterable[tuple[Hashable, tuple[str, str]]]
+
+
+def groups(keyed: Keyed) -> list[Group]:
     """(key, (split, path)) of each image to the groups of one key that have members in several splits."""
+    return [group for group in _same(keyed) if len({split for split, _ in group.members}) > 1]
+
+
+def contradicting(keyed: Keyed) -> list[Group]:
+    """As `groups`, those of one key within one split that are of several classes ("class/file")."""
+    return [
+        group for group in _same(keyed)
+        if len({split for split, _ in group.members}) == 1
+        and len({path.partition("/")[0] for _, path in group.members}) > 1
+    ]  # fmt: skip
+
+
+def _same(keyed: Keyed) -> list[Group]:
     found: dict[Hashable, list[tuple[str, str]]] = defaultdict(list)
     for key, member in keyed:
         found[key].append(member)
-    return [Group(tuple(members)) for members in found.values() if len({split for split, _ in members}) > 1]
+    return [Group(tuple(members)) for members in found.values()]
 
 
 def shared_images(splits: Mapping[str, Mapping[str, Pixels]]) -> list[Group]:

@@ -13,6 +13,13 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import UsageError
+from caltech_hpo.results.confirm_events import (
+    ConfirmEvent,
+    Training,
+    TrainingEnded,
+    TrainingEpoch,
+    TrainingStarted,
+)
 from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
@@ -32,40 +39,6 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
     from caltech_hpo.search.executors import Executor
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of a finalist."""
-
-    trial: int
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class TrainingStarted:
-    """A worker has begun a training."""
-
-    training: Training
-
-
-@dataclass(frozen=True)
-class TrainingEpoch:
-    """An epoch of a training."""
-
-    training: Training
-    result: EpochResult
-
-
-@dataclass(frozen=True)
-class TrainingEnded:
-    """A training is in the database."""
-
-    training: Training
-    run: ConfirmRun
-
-
-ConfirmEvent = TrainingStarted | TrainingEpoch | TrainingEnded
 
 
 @dataclass(frozen=True)
@@ -130,8 +103,8 @@ def open_confirm(
 ) -> Iterator[ConfirmPlan]:  # fmt: skip
     """Chooses finalists and seeds, and holds the study's confirm lock.
 
-    Seeds that were trained on before stay, though fewer be asked for: choosing how many count would be
-    choosing by luck again.
+    Seeds that were trained on before stay, though fewer be asked for, and so do finalists: choosing which
+    count would be choosing by luck again.
     Raises UsageError without a stored study or a complete trial, DataError for other data, StorageError
     while another `confirm` of the study runs.
     """
@@ -150,6 +123,14 @@ def open_confirm(
         storage = open_storage(place.storage)
         before, stored = requests(storage, name), runs(storage, name)
         earlier = before[0].seeds if before else ()
+        known = {run.configuration for run in stored}
+        kept = [
+            one for one in (before[0].finalists if before else ())
+            if one.configuration in known and one not in chosen and _is_that(one, recipes.get(one.trial))
+        ]  # fmt: skip
+        if kept:
+            say(f"confirmed before, and still in the ranking: trials {', '.join(str(k.trial) for k in kept)}")
+        chosen = sorted([*chosen, *kept], key=lambda one: (-one.value, one.trial))
         used = len({run.seed for run in stored} & set(earlier))
         if used > seeds:
             say(f"{used} seeds were confirmed before: all of them count")
@@ -164,6 +145,11 @@ def open_confirm(
         pending = tuple(training for training in trainings if training.recipe.hash not in done)
         index = searched_data(study, place, progress=progress, say=say) if pending else None
         yield ConfirmPlan(name, place, tuple(chosen), numbers, pending, index)
+
+
+def _is_that(one: Candidate, recipe: Recipe | None) -> bool:
+    """Whether the trial is still the one that was confirmed: its study may have been deleted since."""
+    return recipe is not None and recipe.configuration == one.configuration
 
 
 def run_confirm(
@@ -215,8 +201,9 @@ def train_all(
         while waiting and executor.free:
             number, training = waiting.pop(0)
             running[number] = _Running(training)
+            resumed = _checkpoint(plan, training.recipe).exists()
             executor.submit(_job(plan, number, running[number]))
-            yield TrainingStarted(training)
+            yield TrainingStarted(training, resumed)
         event = executor.next_event()
         one = running[event.job]
         if isinstance(event, EpochDone):

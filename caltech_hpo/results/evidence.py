@@ -13,7 +13,7 @@ from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
 from caltech_hpo.results.plan import final_recipe
-from caltech_hpo.results.scores import mean_interval
+from caltech_hpo.results.scores import mean_accuracy
 from caltech_hpo.spec import Frozen
 from caltech_hpo.terms import FitOn
 
@@ -119,7 +119,7 @@ def by_configuration(rows: Sequence[ScoreRow]) -> tuple[FinalScore, ...]:
 
 
 def _over_seeds(configuration: str, group: Sequence[FinalResult]) -> FinalScore:
-    accuracy = mean_interval([result.test_accuracy for result in group])
+    accuracy = mean_accuracy([result.test_accuracy for result in group])
     low, high = accuracy.ci95 or group[0].ci95
     return FinalScore(
         trial=group[0].trial, configuration=configuration, fit_on=group[0].fit_on, seeds=len(group),

@@ -155,7 +155,9 @@ def _write_torch(model: nn.Module, example: Tensor, described: dict[str, Any], f
     import torch
 
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
-    torch.export.save(program, file, extra_files={"description.json": json.dumps(described)})
+    with warnings.catch_warnings():  # torch's, of weights on other devices; these are on the CPU
+        warnings.simplefilter("ignore")
+        torch.export.save(program, file, extra_files={"description.json": json.dumps(described)})
 
 
 def _run_torch(file: Path, pixels: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from caltech_hpo.data.cache import Progress, read_index
-from caltech_hpo.data.duplicates import TEST, Group, shared_images
-from caltech_hpo.data.files import Faults, shown
+from caltech_hpo.data.duplicates import TEST, Group
 from caltech_hpo.data.loading import SearchData, TestData, load_search_data, load_test_data, named_images
-from caltech_hpo.errors import DataError, StorageError
+from caltech_hpo.errors import StorageError
 from caltech_hpo.results import ledger
+from caltech_hpo.results.leaks import count_leaked, find_leaks, refuse_leaks
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
-from caltech_hpo.results.model_files import publish, write_json
+from caltech_hpo.results.model_files import WEIGHTS, publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
@@ -34,6 +34,7 @@ from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
 
 if TYPE_CHECKING:
     from caltech_hpo.training.loop import Evaluation
+    from caltech_hpo.training.trained import TrainedModel
 
 
 @contextlib.contextmanager
@@ -74,13 +75,25 @@ def retrain(
     DataError before it begins if test images are among the training or validation images, unless
     `allow_leak` says that they may be.
     """
-    # Decoded now, so that what is wrong with a test image is found before the training and not after it.
-    test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
-    _check_leaks(plan, _leaks(plan, test, data), allow_leak, say)
+    if plan.stored is not None:  # only its weights are wanted
+        assert plan.index is not None, "weights that are gone need the data"
+        data = load_search_data(
+            plan.index,
+            plan.recipe.resize,
+            plan.place.cache,
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
+    else:
+        # Decoded now, so that a test image's fault is found before the training and not after it.
+        test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
+        refuse_leaks(plan.study, _leaks(plan, test, data), say, allowed=allow_leak)
     checkpoint = _checkpoint(plan)
-    if not (checkpoint.exists() or previous(checkpoint).exists()):
+    if checkpoint.exists() or previous(checkpoint).exists():
+        say("goes on from its checkpoint; the epochs before it are shown again")
+    else:
         shutil.rmtree(plan.unfinished, ignore_errors=True)
-    keep, deaths, told = plan.unfinished / "model.safetensors", 0, 0
+    keep, deaths, told = plan.unfinished / WEIGHTS, 0, 0
     with open_executor(plan.recipe, data, device=device, features=plan.place.features) as executor:
         executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint))
         while not isinstance(event := executor.next_event(), Finished):
@@ -116,7 +129,7 @@ def score(
     evaluation = _evaluate(plan, test, device)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
     leaks = _leaks(plan, test, data)
-    result = _result(plan, epochs, matrix, evaluation.top1_flip, _leaked(leaks))
+    result = _result(plan, epochs, matrix, evaluation.top1_flip, count_leaked(leaks))
     row = _score_row(plan, result, test)
     document = {
         "result": row.result.model_dump(mode="json"),
@@ -130,6 +143,25 @@ def score(
     kept = ledger.record(plan.place.storage, row)
     finish(plan)
     return kept.result
+
+
+def restore(plan: FinalPlan, epochs: Sequence[EpochResult]) -> None:
+    """Gives the weights of a scored recipe, trained again, their place; the test set is not looked at.
+
+    Without `metrics.json` and the confusion matrix: they came from the test images.
+    """
+    assert plan.index is not None
+    folder = plan.unfinished
+    write_json(folder / "model.json", _trained(plan, plan.index.classes).description)
+    draw_training_curves(epochs, f"{plan.study}, trial {plan.record.number}", folder / "curves.png")
+    remove_checkpoint(_checkpoint(plan))
+    publish(folder, plan.folder)
+
+
+def _trained(plan: FinalPlan, classes: tuple[str, ...]) -> TrainedModel:
+    from caltech_hpo.training.trained import TrainedModel
+
+    return TrainedModel(plan.unfinished / WEIGHTS, plan.recipe, classes)
 
 
 def finish(plan: FinalPlan) -> None:
@@ -164,7 +196,7 @@ def _result(
         leaks=leaks,
         ci95=wilson_interval(int(matrix.trace()), int(matrix.sum())),
         fit_on=plan.recipe.fit_on,
-        model=str(plan.folder / "model.safetensors"),
+        model=str(plan.folder / WEIGHTS),
         recipe_hash=plan.recipe.hash,
         seed=plan.recipe.seed,
     )
@@ -204,37 +236,14 @@ def _load_all(
 
 
 def _leaks(plan: FinalPlan, test: TestData, data: SearchData) -> list[Group]:
-    """Test images whose pixels are in training or validation too."""
     index = plan.index
     assert index is not None
-    splits = {
-        "training": named_images(index.training, data.training_cache),
-        "validation": named_images(index.validation, data.validation_cache),
-        "test": named_images(index.test, test.test_cache),
-    }
-    return [group for group in shared_images(splits) if group.is_leak]
-
-
-def _leaked(leaks: Sequence[Group]) -> int:
-    """How many test images they hold."""
-    return sum(split == TEST for group in leaks for split, _ in group.members)
-
-
-def _check_leaks(plan: FinalPlan, leaks: Sequence[Group], allowed: bool, say: Say) -> None:
-    """Raises DataError naming the leaks, or says that there are some where they are allowed."""
-    if not leaks:
-        return
-    faults = Faults()
-    for group in leaks:
-        faults.add(shown(group))
-    what = f"study '{plan.study}': {_leaked(leaks)} test image(s) are training or validation images too"
-    if allowed:
-        say(f"warning: {what}; the score will be too good, and its metrics.json names them\n{faults}")
-        return
-    raise DataError(
-        f"{what}:\n{faults}",
-        "remove one of each ('caltech-hpo data check' lists them) and search again, or score all the same: "
-        "--allow-leak",
+    return find_leaks(
+        {
+            "training": named_images(index.training, data.training_cache),
+            "validation": named_images(index.validation, data.validation_cache),
+            TEST: named_images(index.test, test.test_cache),
+        }
     )
 
 
@@ -243,10 +252,10 @@ def _evaluate(plan: FinalPlan, test: TestData, device_name: str) -> Evaluation:
     from caltech_hpo.training.device import resolve_device
     from caltech_hpo.training.loop import evaluate
     from caltech_hpo.training.sources import ImageSource, plan_for
-    from caltech_hpo.training.trained import TrainedModel, load_model
+    from caltech_hpo.training.trained import load_model
 
     recipe, device = plan.recipe, resolve_device(device_name)
-    trained = TrainedModel(plan.unfinished / "model.safetensors", recipe, test.classes)
+    trained = _trained(plan, test.classes)
     write_json(plan.unfinished / "model.json", trained.description)
     source = ImageSource(test.open_test(), plan_for(recipe, device))
     model = load_model(trained, device)

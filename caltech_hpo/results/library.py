@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.results import ledger
-from caltech_hpo.results.confirm import ConfirmEvent, confirmed, open_confirm, run_confirm
+from caltech_hpo.results.confirm import confirmed, open_confirm, run_confirm
+from caltech_hpo.results.confirm_events import ConfirmEvent
 from caltech_hpo.results.final import final_lock, is_settled, retrain, score
 from caltech_hpo.results.plan import FinalPlan, plan_finals
 from caltech_hpo.results.predict import Prediction, find_model, image_files

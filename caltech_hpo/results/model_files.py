@@ -9,6 +9,13 @@ from typing import Any
 
 from caltech_hpo.data.cache import sync_folder, write_whole
 
+WEIGHTS = "model.safetensors"
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder that `final` made still has its weights."""
+    return (folder / WEIGHTS).is_file()
+
 
 def kept_folder(model_file: str, models: Path) -> Path | None:
     """Where `final` has left a model: as its score says, or under the same name in `models`; None if gone.

@@ -14,6 +14,7 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
+from caltech_hpo.results.model_files import has_weights
 from caltech_hpo.results.ranking import Confirmation
 from caltech_hpo.results.trainings import searched_data, seeded
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
@@ -50,11 +51,12 @@ class FinalPlan:
 
 def plan_finals(
     name: str, place: Place, *, fit_on: FitOn = "train", seeds: int = 1, trial: int | None = None,
-    again: str | None = None, progress: Progress | None = None, say: Say = silent,
+    again: str | None = None, retrain: bool = False, progress: Progress | None = None, say: Say = silent,
 ) -> list[FinalPlan]:  # fmt: skip
     """Chooses the trial and checks, before any training, that it may be scored and its data is at hand.
 
-    One plan for each seed: the trial's own, then the numbers after it. Raises UsageError without a
+    One plan for each seed: the trial's own, then the numbers after it. With `retrain`, the data is also
+    looked for where only the weights of a scored recipe are gone. Raises UsageError without a
     stored study or a complete trial, or when another configuration of the study was scored and `again`
     gives no reason; DataError for other data.
     """
@@ -78,6 +80,7 @@ def plan_finals(
     if None in stored:
         family = ledger.family_scores(place.storage, name)
         check_again(name, family, record.number, recipes[0].configuration, reason)
+    if None in stored or (retrain and not all(has_weights(folder) for folder in folders)):
         index = searched_data(study, place, progress=progress, say=say)
     return [
         FinalPlan(name, record, choice, recipe, folder, score, index, place, reason)

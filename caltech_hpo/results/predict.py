@@ -15,7 +15,7 @@ from caltech_hpo.errors import DataError, UsageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.evidence import of_trials
-from caltech_hpo.results.model_files import kept_folder
+from caltech_hpo.results.model_files import WEIGHTS, has_weights, kept_folder
 from caltech_hpo.search.records import best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
@@ -25,7 +25,6 @@ from caltech_hpo.spec import Frozen
 if TYPE_CHECKING:
     from caltech_hpo.training.trained import TrainedModel
 
-MODEL = "model.safetensors"
 CHUNK = 256  # images that are decoded and in memory at a time
 
 
@@ -70,7 +69,7 @@ def find_model(
         for row in of_trials(ledger.scores(place.storage, study), records)
         if not (held_out and row.fit_on != "train")
         and (folder := kept_folder(row.model_file, place.models))
-        and (folder / MODEL).is_file()
+        and has_weights(folder)
     ]
     confirmation, best = confirmed(place.storage, study), best_record(records)
     wanted = confirmation.winner.trial if confirmation else best.number if best else None
@@ -78,7 +77,7 @@ def find_model(
     if winners:
         row, folder = winners[0]
         words = f"final on trial {row.trial}, seed {row.seed}, fitted on {row.fit_on}"
-        return Chosen(read_trained(folder / MODEL), f"{words}, test top-1 {row.top1:.4f}")
+        return Chosen(read_trained(folder / WEIGHTS), f"{words}, test top-1 {row.top1:.4f}")
     for file in best_weights(place.best_weights, study):
         number = int(file.stem.rpartition("trial")[2])
         record = next((record for record in records if record.number == number), None)
@@ -86,9 +85,10 @@ def find_model(
         if record is not None and record.recipe is not None and record.recipe.hash == trained.recipe.hash:
             words = f"the search's best, trial {number}, validation top-1 {record.value or 0.0:.4f}"
             return Chosen(trained, words)
+    again = " --retrain" if of_trials(ledger.scores(place.storage, study), records) else ""
     raise UsageError(
         f"study '{study}' has left no weights in {place.models}",
-        f"run 'caltech-hpo final --study {study}', or give --model FILE",
+        f"run 'caltech-hpo final --study {study}{again}', or give --model FILE",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from caltech_hpo.results.scores import mean_interval
+from caltech_hpo.results.scores import mean_accuracy, mean_interval
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.spec import Frozen
 
@@ -93,7 +93,7 @@ def rank(
     if not paired or not asked:
         return None
     runs = {one.trial: tuple(values[one.configuration, seed] for seed in paired) for one in asked}
-    means = {trial: mean_interval(run) for trial, run in runs.items()}
+    means = {trial: mean_accuracy(run) for trial, run in runs.items()}
     ordered = sorted(asked, key=lambda one: (-means[one.trial].mean, -one.value, one.trial))
     first = runs[ordered[0].trial]
     finalists = []

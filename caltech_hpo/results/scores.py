@@ -54,10 +54,7 @@ class Interval(Frozen):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of at least one value and Student's 95% interval of it.
-
-    The interval is symmetric: near 0 or 1 it may reach beyond what an accuracy can be.
-    """
+    """The mean of at least one value and Student's 95% interval of it."""
     from scipy import stats
 
     mean = statistics.fmean(values)
@@ -66,3 +63,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
     sd = statistics.stdev(values)
     half = float(stats.t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
     return Interval(mean=mean, sd=sd, ci95=(mean - half, mean + half))
+
+
+def mean_accuracy(values: Sequence[float]) -> Interval:
+    """As `mean_interval`, of accuracies: the interval is cut off at 0 and 1, which none can pass."""
+    made = mean_interval(values)
+    if made.ci95 is None:
+        return made
+    return made.model_copy(update={"ci95": (max(0.0, made.ci95[0]), min(1.0, made.ci95[1]))})

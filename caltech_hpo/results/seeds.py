@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from caltech_hpo.results.ledger import FinalResult
-from caltech_hpo.results.scores import mean_interval
+from caltech_hpo.results.scores import mean_accuracy, mean_interval
 from caltech_hpo.spec import Frozen
 from caltech_hpo.terms import FitOn
 
@@ -32,7 +32,7 @@ class SeedsResult(Frozen):
 
 def over_seeds(results: Sequence[FinalResult]) -> SeedsResult:
     """The scores of at least two seeds as one. Raises ValueError for fewer."""
-    accuracy = mean_interval([result.test_accuracy for result in results])
+    accuracy = mean_accuracy([result.test_accuracy for result in results])
     if accuracy.sd is None or accuracy.ci95 is None:
         raise ValueError("one seed has no interval")
     first = results[0]

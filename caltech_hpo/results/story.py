@@ -98,7 +98,13 @@ def study_note(
         f"The test set was used {uses} time{'' if uses == 1 else 's'} on this study." if uses else ""
     )
     more = finished + TRIALS_MORE
-    lines += [f"To go on:\n\n    caltech-hpo search --study {name} --trials {more}", _spec_table(spec)]
+    lines += [
+        f"To search on ({TRIALS_MORE} trials more):\n\n    caltech-hpo search --study {name} --trials {more}",
+        f"To confirm the best, then to score the test set:\n\n    caltech-hpo confirm --study {name}\n"
+        f"    caltech-hpo final --study {name}",
+        "The values that Optuna shows over the epochs are the best so far; a trial's picture has its curves.",
+        _spec_table(spec),
+    ]
     return "\n\n".join(line for line in lines if line)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from caltech_hpo.data.loading import SearchData
 from caltech_hpo.errors import CaltechHpoError
@@ -44,6 +44,11 @@ class Job:
     checkpoint: Path | None = None
     known: int = 0
     above: float = -1.0
+
+    def goes_on_from(self, document: dict[str, Any]) -> bool:
+        """Whether a checkpoint's document is of this training, and holds the best epoch if that is wanted."""
+        same = document["recipe"] == self.recipe.hash
+        return same and (self.keep is None or document["best_score"] is not None)
 
 
 @dataclass(frozen=True)

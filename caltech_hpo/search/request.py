@@ -182,6 +182,10 @@ def check_enqueued(spec: StudySpec, params: dict[str, Any]) -> None:
         choices = getattr(spec.space[name], "choices", None)
         if choices is not None and value not in choices:
             raise UsageError(f"--enqueue: {name}={value} is not one of {', '.join(map(str, choices))}")
+    try:
+        Hyperparameters.model_validate({**spec.recipe.model_dump(), **params})
+    except ValidationError as error:
+        raise UsageError("; ".join(describe(error, "--enqueue"))) from error
     absent = [
         name for name, value in complete_params(spec, params).items()
         if name not in params and not spec.space[name].contains(value)
@@ -190,10 +194,6 @@ def check_enqueued(spec: StudySpec, params: dict[str, Any]) -> None:
         raise UsageError(
             f"--enqueue: give {', '.join(absent)} too: the value in [recipe] is outside the study's space"
         )
-    try:
-        Hyperparameters.model_validate({**spec.recipe.model_dump(), **params})
-    except ValidationError as error:
-        raise UsageError("; ".join(describe(error, "--enqueue"))) from error
 
 
 def shortened(spec: StudySpec) -> StudySpec:

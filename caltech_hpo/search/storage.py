@@ -116,10 +116,15 @@ def open_any_schema(url: str) -> optuna.storages.RDBStorage:
     return _connect(url, create=False, any_schema=True)
 
 
+def has_database(url: str) -> bool:
+    """Whether a SQLite file is there; of a server only opening tells."""
+    path = sqlite_path(url)
+    return path is None or path.exists()
+
+
 def open_existing(url: str) -> optuna.storages.RDBStorage | None:
     """As `open_storage`, but None where there is no database file: reading creates nothing."""
-    path = sqlite_path(url)
-    return None if path is not None and not path.exists() else open_storage(url)
+    return open_storage(url) if has_database(url) else None
 
 
 def study_names(storage: optuna.storages.RDBStorage | None) -> list[str]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -144,7 +143,7 @@ def _epochs(
         state = begin(job.recipe, prepared)
         state.best = BestWeights(job.above) if job.keep else None
         found = load_checkpoint(job.checkpoint) if job.checkpoint else None
-        if found is not None and _fits(job, found[1]):
+        if found is not None and job.goes_on_from(found[1]):
             prepared = in_pieces_of(prepared, job.recipe, found[1]["micro_batch"])
             restore(state, job.recipe, prepared, *found)
         before = list(state.results)
@@ -159,11 +158,6 @@ def _epochs(
             new = itertools.chain([first] if first else [], results)
             yield from _report(job, context, prepared, state, before, new)
             return
-
-
-def _fits(job: Job, document: dict[str, Any]) -> bool:
-    """Whether a checkpoint is of this training, and holds the best epoch where that is wanted."""
-    return document["recipe"] == job.recipe.hash and (job.keep is None or document["best_score"] is not None)
 
 
 def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Prepared]:

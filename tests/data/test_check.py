@@ -59,6 +59,16 @@ def test_the_same_pixels_in_training_and_validation_are_duplicates_and_no_fault(
     assert result.duplicates == (names,) and result.leaks == () and not result.has_faults
 
 
+def test_the_same_pixels_under_two_classes_of_one_split_contradict_each_other(folders):
+    names = [sample.path for sample in scan(folders).training]
+    ant = next(name for name in names if name.startswith("ant/"))
+    cat = next(name for name in names if name.startswith("cat/"))
+    same_pixels(folders / ant, folders / cat)
+    result = check(scan(folders))
+    assert result.contradictions == ((f"training: {ant}", f"training: {cat}"),)
+    assert not result.has_faults and not result.leaks and not result.duplicates
+
+
 def test_metadata_and_alpha_do_not_make_another_image(folders):
     index = scan(folders)
     with Image.open(folders / index.test[0].path) as image:

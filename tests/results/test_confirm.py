@@ -59,7 +59,7 @@ def test_the_ranking_is_by_mean_with_paired_differences():
     assert second.behind == pytest.approx(0.04) and (first.behind, first.behind_ci95) == (0, None)
     assert second.mean == pytest.approx(0.8) and second.sd == pytest.approx(0.1)
     wide = stats.ttest_1samp(b, 0).confidence_interval(0.95)
-    assert second.ci95 == pytest.approx((wide.low, wide.high))
+    assert second.ci95 == pytest.approx((wide.low, 1.0)) and wide.high > 1
     assert second.ci95[0] < 0.7 < found.low + 0.7 < 0.8  # pairing takes the seeds' own spread out
     assert made.optimism == pytest.approx(0.15) and first.optimism == pytest.approx(0.90 - 0.84)
 
@@ -219,11 +219,23 @@ def test_more_finalists_and_seeds_use_what_is_there(place, monkeypatch):
     assert len(jobs) == 4
     assert [one.trial for one in confirmed(place.storage, "demo").finalists] == [2, 1, 0]
     assert go(place, monkeypatch, finalists=2, seeds=1)[0] == []
-    made = confirmed(place.storage, "demo")  # the latest request decides
-    assert [one.trial for one in made.finalists] == [1, 0]
-    assert made.seeds == (1, 2)  # evidence does not shrink
+    made = confirmed(place.storage, "demo")
+    assert [one.trial for one in made.finalists] == [2, 1, 0]  # evidence does not shrink
+    assert made.seeds == (1, 2)
     add_request(open_storage(place.storage), "demo", [candidate(9, 0.9)], (1,))
     assert confirmed(place.storage, "demo") == made  # until it has a whole seed, the one before stands
+
+
+def test_a_later_best_trial_competes_with_who_was_confirmed_before(place, monkeypatch):
+    go(place, monkeypatch)
+    write_study(place.storage, [([0.95], params(0.005))], data=scan(place.data).fingerprint)
+    jobs, events = go(place, monkeypatch, finalists=1, seeds=3)
+    asked = {(job.recipe.learning_rate, job.recipe.seed) for job in jobs}
+    assert asked == {(0.005, 1), (0.005, 2), (0.005, 3), (0.01, 3), (0.02, 3)}
+    assert not any(event.resumed for event in events if isinstance(event, TrainingStarted))
+    made = confirmed(place.storage, "demo")
+    assert made.winner.trial == 1 and {one.trial for one in made.finalists} == {0, 1, 3}
+    assert made.seeds == (1, 2, 3)
 
 
 def test_a_training_that_diverges_is_stopped_and_counts(place, monkeypatch):

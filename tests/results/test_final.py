@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import optuna
 import pytest
@@ -16,8 +17,9 @@ from caltech_hpo.results import final, ledger
 from caltech_hpo.results.final import final_lock, is_settled, retrain, score
 from caltech_hpo.results.overview import make_overview
 from caltech_hpo.results.plan import plan_finals
+from caltech_hpo.results.predict import find_model
 from caltech_hpo.results.report import make_report
-from caltech_hpo.results.scores import mean_interval
+from caltech_hpo.results.scores import mean_accuracy, mean_interval
 from caltech_hpo.results.seeds import over_seeds
 from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
 from caltech_hpo.search.inline import InlineExecutor
@@ -178,6 +180,27 @@ def test_metrics_that_were_cut_off_are_no_score(place):
     assert take(plan).test_images == 12
 
 
+def test_lost_weights_are_trained_again_and_nothing_is_scored(place, monkeypatch):
+    (plan,) = plan_finals("demo", place)
+    scored = take(plan)
+    weights = (plan.folder / "model.safetensors").read_bytes()
+    assert plan_finals("demo", place, retrain=True)[0].index is None  # nothing is lost
+    shutil.rmtree(plan.folder)
+    with pytest.raises(UsageError, match="final --study demo --retrain"):
+        find_model("demo", place)
+    assert plan_finals("demo", place)[0].index is None
+    (again,) = plan_finals("demo", place, retrain=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(final, "load_test_data", None)  # not looked at
+        with final_lock(again) as taken:
+            assert taken == scored
+            final.restore(again, list(retrain(again, device="cpu")))
+    assert (plan.folder / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in plan.folder.iterdir()} == {"model.safetensors", "model.json", "curves.png"}
+    assert len(ledger.scores(place.storage, "demo")) == 1 and take(again) == scored
+    assert "test top-1" in find_model("demo", place).words
+
+
 def test_two_calls_cannot_both_be_the_first(place):
     one, other = plan_finals("demo", place)[0], plan_finals("demo", place, trial=1)[0]
     take(one)
@@ -256,6 +279,14 @@ def test_the_interval_of_a_mean_is_scipys(values):
     found = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert made.ci95 == pytest.approx((found.low, found.high))
     assert made.mean == pytest.approx(sum(values) / len(values))
+
+
+def test_an_accuracys_interval_ends_at_0_and_1():
+    assert mean_interval([0.5, 1.0]).ci95[1] > 1
+    assert mean_accuracy([0.5, 1.0]).ci95 == (0.0, 1.0)
+    made = mean_accuracy([0.50, 0.51])
+    assert made == mean_interval([0.50, 0.51]) and 0 < made.ci95[0] < made.ci95[1] < 1
+    assert mean_accuracy([0.5]).ci95 is None
 
 
 def test_one_seed_has_no_interval():

@@ -240,3 +240,6 @@ def test_the_commands_answer(place, tmp_path):
     assert found["images"] == len(scan(place.data).validation) and Path(found["page"]).is_file()
     made = answer("export", "--study", "demo", "--format", "torch-export", "--output", tmp_path / "demo.pt2")
     assert made["classes"] == ["ant", "Bee", "cat"] and Path(made["file"]).is_file()
+    command = ["export", "--study", "demo", "--output", made["file"], "--home", str(place.home)]
+    with pytest.raises(UsageError, match="is there already"):
+        CliRunner().invoke(app, command, catch_exceptions=False)

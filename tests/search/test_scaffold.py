@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.sizes import short_sides
 from caltech_hpo.errors import UsageError
-from caltech_hpo.search.request import Place
+from caltech_hpo.search.request import Place, check_enqueued
 from caltech_hpo.search.run import locate_data
 from caltech_hpo.search.scaffold import Facts, check_name, facts_of, parsed, study_text
 from caltech_hpo.study_checks import without_effect
@@ -33,6 +33,7 @@ def test_every_file_is_a_study_whose_fields_all_count(
     spec = parsed("mine", text)
     assert spec.recipe.architecture == model and spec.folder == "/data/x" and spec.data == "folder"
     assert not without_effect(spec.recipe, spec.space)
+    check_enqueued(spec, {"learning_rate": 0.01})  # [recipe] has the rest
     assert all("\n" not in line and (not line or line[0] != " ") for line in text.splitlines())
 
 
@@ -61,7 +62,7 @@ def test_init_then_the_next_command_finds_the_images(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, ["init", "mine", "--data", "pictures", "--force"]).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["../x", "a@2", "", "demo", "a b"])
+@pytest.mark.parametrize("name", ["../x", "a@2", "", "demo", "a b", "a" * 101])
 def test_names_that_no_file_may_have(name):
     with pytest.raises(UsageError):
         check_name(name)

@@ -1,0 +1,43 @@
+"""What happens while `confirm` trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from caltech_hpo.results.runs_table import ConfirmRun
+from caltech_hpo.spec import EpochResult, Recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a finalist."""
+
+    trial: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """A worker has begun a training; `resumed`: from a checkpoint, the epochs before it come again."""
+
+    training: Training
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingEpoch:
+    """An epoch of a training."""
+
+    training: Training
+    result: EpochResult
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """A training is in the database."""
+
+    training: Training
+    run: ConfirmRun
+
+
+ConfirmEvent = TrainingStarted | TrainingEpoch | TrainingEnded
