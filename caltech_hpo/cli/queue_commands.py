@@ -86,7 +86,7 @@ def submit(
     made = submitted(place_of(home, storage).storage, study, trials, options)
     answer(
         made.model_dump(mode="json"), as_json,
-        f"submission {made.id}: study {study}, {trials} trials; 'caltech-hpo serve' runs it, 'status' shows it",
+        f"submission {made.id}: study {study}, {trials} trials; 'serve' runs it, 'status' shows it",
     )  # fmt: skip
 
 
