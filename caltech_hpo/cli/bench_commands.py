@@ -61,7 +61,7 @@ def bench(
         typer.Option("--model", help="Architecture; may be repeated.", show_default=", ".join(MODELS)),
     ] = None,
     device: Device = "auto",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each measurement, at least.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes, at least.")] = 3.0,
     rounds: Annotated[
         int, typer.Option(min=1, help="Measurements of each, in turns; the median counts.")
     ] = 3,
@@ -81,7 +81,7 @@ def bench(
     search: Annotated[
         bool, typer.Option("--search", help="Measure what searching costs beside training, instead.")
     ] = False,
-    trials: Annotated[int, typer.Option(min=1, help="Of --search.")] = 1000,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials --search makes up.")] = 1000,
     reporters: Annotated[
         int | None,
         typer.Option(
@@ -90,7 +90,9 @@ def bench(
             show_default="none",
         ),
     ] = None,
-    sampler: Annotated[SamplerChoice, typer.Option(help="Of --reporters.")] = SamplerChoice.tpe,
+    sampler: Annotated[
+        SamplerChoice, typer.Option(help="The sampler that --reporters searches with.")
+    ] = SamplerChoice.tpe,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     data: Data = None,

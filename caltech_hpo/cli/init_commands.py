@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    name: Annotated[str, typer.Argument(help="Of the study; the file is studies/NAME.toml.")],
+    name: Annotated[str, typer.Argument(help="The study's name; its file becomes studies/NAME.toml.")],
     data: Annotated[
         Path,
         typer.Option(
@@ -71,7 +71,7 @@ def init(
         as_json,
         f"{path}: {facts.classes} classes, {facts.training} training, {facts.validation} validation, "
         f"{facts.test} test images; {chosen}{' from scratch' if from_scratch else ''}\n"
-        f"next:  caltech-hpo search --study {name} --smoke       # a minute: does it run here?\n"
+        f"next:  caltech-hpo search --study {name} --smoke       # a minute or two: does it run here?\n"
         f"       caltech-hpo plan --study {name} --trials 40     # how long will it take?\n"
         f"       caltech-hpo search --study {name} --trials 40",
     )  # fmt: skip

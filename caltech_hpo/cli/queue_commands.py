@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 REFRESH = 2.0  # seconds
 NO_FILES = ("none", "imagenet")  # of --weights
-Number = Annotated[int, typer.Argument(min=1, help="As 'caltech-hpo status' shows it.")]
+Number = Annotated[
+    int, typer.Argument(min=1, help="The submission's number, as 'caltech-hpo status' shows it.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,10 +52,12 @@ def submit(
     trials: Annotated[
         int, typer.Option(min=1, help="Finished trials that the study shall have in all.")
     ] = 40,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="As of 'search'.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="The sampler's seed.")] = None,
     enqueue: Annotated[
         list[str] | None,
-        typer.Option(help="As of 'search': NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"),
+        typer.Option(
+            help="Run these parameters first: NAME=VALUE[,NAME=VALUE...]; may be repeated.", metavar="PARAMS"
+        ),
     ] = None,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Skip the hand-tuned rows.")] = False,
     weights: Annotated[

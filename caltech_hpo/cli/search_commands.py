@@ -93,7 +93,10 @@ def search(
     ] = EngineChoice.local,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Of the cluster, e.g. auto.", show_default="one that is started on this machine"),
+        typer.Option(
+            help="The Ray cluster's address; auto finds one that runs here.",
+            show_default="one that is started on this machine",
+        ),
     ] = None,
     gpus_per_worker: Annotated[
         float, typer.Option(min=0.0, help="Share of GPUs that a worker takes of the cluster.")

@@ -109,7 +109,7 @@ def _predictions(made: Sequence[Prediction]) -> Group:
 def export(
     study: Annotated[str | None, typer.Option("--study", help="Use this study's model.")] = None,
     model: Model = None,
-    kind: Annotated[FormatChoice, typer.Option("--format", help="Of the file.")] = FormatChoice.onnx,
+    kind: Annotated[FormatChoice, typer.Option("--format", help="What to write.")] = FormatChoice.onnx,
     output: Annotated[
         Path | None, typer.Option(help="The file.", show_default="STUDY.onnx or STUDY.pt2 here")
     ] = None,

@@ -95,7 +95,7 @@ def _head(name: str, facts: Facts) -> list[str]:
     lines = [
         f"# {facts.classes} classes of {shown(facts.folder.name)}: by 'caltech-hpo init', yours to change.",
         "#",
-        f"#   caltech-hpo search --study {name} --smoke        # does it run here? a minute, nothing is kept",
+        f"#   caltech-hpo search --study {name} --smoke        # does it run here? nothing is kept",
         f"#   caltech-hpo search --study {name} --trials 40",
         f"#   caltech-hpo confirm --study {name}",
         f"#   caltech-hpo final --study {name}",
