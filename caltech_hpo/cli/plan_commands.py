@@ -73,8 +73,9 @@ def plan(
 def forecast_line(found: Forecast) -> str:
     """ "34 trials in about 2 h 10 min (80%: 95 min to 2 h 40 min), half of them pruned"."""
     source = f"counted over {found.history} trials" if found.history else "assumed, there is no history"
+    counted = f"{found.trials} trial{'' if found.trials == 1 else 's'}"
     return (
-        f"{found.trials} trial{'' if found.trials == 1 else 's'} in about {duration(found.seconds)} (80% likely: {duration(found.low)} to "
+        f"{counted} in about {duration(found.seconds)} (80% likely: {duration(found.low)} to "
         f"{duration(found.high)}); {found.epochs:.0f} epochs a trial, {found.pruned:.0%} of them pruned "
         f"({source})"
     )

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 REFRESH = 2.0  # seconds
 NO_FILES = ("none", "imagenet")  # of --weights
-Number = Annotated[
-    int, typer.Argument(min=1, help="The submission's number, as 'caltech-hpo status' shows it.")
-]
+Number = Annotated[int, typer.Argument(min=1, help="The submission's number; 'caltech-hpo status' shows it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +50,9 @@ def submit(
     trials: Annotated[
         int, typer.Option(min=1, help="Finished trials that the study shall have in all.")
     ] = 40,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="The sampler's seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler and of training.")
+    ] = None,
     enqueue: Annotated[
         list[str] | None,
         typer.Option(
