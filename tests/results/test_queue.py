@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
+from commands import COMMAND, answer, environment, here
 from helpers import write_folders
 from made_studies import searched
 from typer.testing import CliRunner
@@ -34,8 +31,6 @@ from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
 from caltech_hpo.study_files import STUDY_NAME
-
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
 
 @pytest.fixture
@@ -162,37 +157,23 @@ def test_what_search_would_refuse_is_not_submitted(tmp_path, monkeypatch):
 
 def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
     images = write_folders(tmp_path / "images", images=12)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")} | {
-        "NO_COLOR": "1"
-    }
-
-    def call(*arguments):
-        command = [COMMAND, *arguments, "--json"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
     def states():
-        return [one["state"] for one in call("status")["queue"]]
+        return [one["state"] for one in answer("status", cwd=tmp_path, run=here)["queue"]]
 
     values = "learning_rate=0.01,epochs=20,batch_size=32,augmentation=center_crop"
     options = ["--data", str(images), "--no-baselines", "--enqueue", values]
-    call("submit", "--study", "demo", "--trials", "1", *options)
+    answer("submit", "--study", "demo", "--trials", "1", *options, cwd=tmp_path, run=here)
 
     def serving():
         command = [COMMAND, "serve", "--port", "0", "--device", "cpu"]
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
 
     with serving() as first:
         url = next(line for line in first.stderr if "dashboard: http" in line).split()[1]
         with urllib.request.urlopen(f"{url}api/studies", timeout=30) as reply:
             assert reply.status == 200
-        refused = subprocess.run(
-            [COMMAND, "serve", "--port", "0"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-            timeout=60,
-        )  # fmt: skip
+        refused = here("serve", "--port", "0", cwd=tmp_path)
         assert refused.returncode == 4 and "another serve" in refused.stderr
         log = tmp_path / "storage" / "logs" / "submission-1.log"
         while not (log.exists() and " epoch 2/20" in log.read_text()):
@@ -215,4 +196,6 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
         assert second.wait(timeout=40) == 130
     assert states() == ["done"]
     assert "goes on: " in log.read_text()  # the same trial
-    assert {one["study"]: one["finished"] for one in call("status")["studies"]} == {"demo": 1}
+    assert [
+        (one["study"], one["finished"]) for one in answer("status", cwd=tmp_path, run=here)["studies"]
+    ] == [("demo", 1)]
