@@ -131,7 +131,7 @@ def test_faulty_folders(tmp_path, folders):
     with pytest.raises(DataError, match="no class folders"):
         scan(tmp_path / "bare")
     (folders / "dog").mkdir()
-    with pytest.raises(DataError, match="without an image: dog"):
+    with pytest.raises(DataError, match="without an image: 'dog'"):
         scan(folders)
     with pytest.raises(DataError, match="only one class"):
         scan(write_folders(tmp_path / "one", classes=("ant",)))

@@ -121,7 +121,7 @@ def test_a_nested_folder_that_is_a_link_out_is_refused(tmp_path, folders):
 
 def test_a_link_to_the_folder_above_ends(folders):
     (folders / "again").symlink_to(".")
-    with pytest.raises(DataError, match="without an image: again"):
+    with pytest.raises(DataError, match="without an image: 'again'"):
         scan(folders)
 
 

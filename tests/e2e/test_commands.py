@@ -178,33 +178,27 @@ def test_a_changed_study_is_refused_before_any_trial(searched, tmp_path):
     assert "space.learning_rate.high: 0.5 -> 0.4" in done.stderr and "--study demo@2" in done.stderr
 
 
-def test_a_smoke_run_keeps_nothing(tmp_path):
+def test_a_smoke_run_keeps_nothing_and_unreadable_images_can_be_left_out(tmp_path):
     images = write_folders(tmp_path / "images", images=12)
+    (images / "ant" / "image_001.png").write_bytes(b"no image")
     document = answer(
-        "search", "--study", "demo", "--smoke", "--data", images, "--home", tmp_path / "home", cwd=tmp_path
-    )
+        "search", "--study", "demo", "--smoke", "--skip-unreadable", "--data", images,
+        "--home", tmp_path / "home", cwd=tmp_path,
+    )  # fmt: skip
     assert document["smoke"] and document["finished"] == 2
     assert not (tmp_path / "home").exists()
 
 
 def test_two_homes_on_one_database_cannot_search_a_study_at_once(tmp_path):
+    from caltech_hpo.search.locks import study_lock
+
     write_folders(tmp_path / "images", images=12)
-    arguments = ["search", "--study", "demo", "--trials", "50", "--data", "images"]
-    arguments += ["--storage", f"sqlite:///{tmp_path / 'shared.db'}"]
-    with subprocess.Popen(
-        [COMMAND, *arguments, "--home", "one"],
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as search:
-        try:
-            next(line for line in search.stderr if " epoch 1/" in line)
-            second = here(*arguments, "--home", "two", cwd=tmp_path)
-            assert second.returncode == 4 and "another search on study 'demo'" in second.stderr
-        finally:
-            search.send_signal(signal.SIGINT)
-            search.stderr.read()
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    with study_lock(
+        storage, tmp_path / "one", "demo", "search on study 'demo'"
+    ):  # as a search of home one does
+        second = here(*SEARCH, "--storage", storage, "--home", "two", cwd=tmp_path)
+    assert second.returncode == 4 and "another search on study 'demo'" in second.stderr
 
 
 def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tmp_path):
@@ -215,10 +209,16 @@ def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tm
     assert json.loads(again.stdout) == {**first, "model": None} and "no longer in" in again.stderr
 
 
-def test_an_unreadable_test_image_is_found_before_training(tmp_path):
-    images = write_folders(tmp_path / "images", images=12)
+def test_an_unreadable_test_image_is_found_before_training(searched, tmp_path):
+    images = shutil.copytree(searched[0] / "images", tmp_path / "images")
+    with sqlite3.connect(searched[0] / "storage" / "studies.db") as source:
+        (tmp_path / "home").mkdir()
+        with sqlite3.connect(tmp_path / "home" / "studies.db") as copy:
+            source.backup(copy)
+            copy.execute("DROP TABLE IF EXISTS final_scores")  # of another test
+        copy.close()
+    source.close()
     arguments = ("--study", "demo", "--data", "images", "--home", "home")
-    assert answer("search", *arguments, "--trials", "1", cwd=tmp_path)["finished"] == 1
     bad = images / scan(images).test[0].path
     bad.write_bytes(bytes(bad.stat().st_size))  # of the same size: only decoding can tell
     done = call("final", *arguments, cwd=tmp_path)
@@ -292,7 +292,7 @@ WRONG = {
     "odd precision": (nothing, (*SEARCH, "--precision", "fp16"), 2, "fp16"),
     "odd queue": (nothing, (*SEARCH, "--enqueue", "learning_rate"), 2, "NAME=VALUE"),
     "missing data": (nothing, (*SEARCH[:-1], "absent"), 3, "absent: there is no such folder"),
-    "empty class": (empty_class, SEARCH, 3, "without an image: dog"),
+    "empty class": (empty_class, SEARCH, 3, "without an image: 'dog'"),
     "unreadable": (unreadable, SEARCH, 3, "ant/image_001.png"),
     "missing file": (
         split_lists("ant/absent.png"),
@@ -327,13 +327,6 @@ def test_wrong_input_gets_one_clear_error(case, tmp_path):
     assert done.returncode == code, done.stderr
     assert words in message
     assert "Traceback" not in done.stderr and done.stdout == ""
-
-
-def test_unreadable_images_can_be_left_out(tmp_path):
-    unreadable_folder = write_folders(tmp_path / "images", images=12)
-    (unreadable_folder / "ant" / "image_001.png").write_bytes(b"no image")
-    document = answer(*SEARCH, "--smoke", "--skip-unreadable", cwd=tmp_path)
-    assert document["finished"] == 2
 
 
 def test_without_data_or_network_the_three_ways_out_are_named(tmp_path):

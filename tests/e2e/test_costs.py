@@ -28,8 +28,8 @@ def test_a_plan_and_what_search_says_first(folder):
     assert found["memory"] > 1 << 26 and found["disk"]["pixels"] > 0 and found["disk"]["weights"] > 40e6
     done = call("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "1 trials in about" in done.stderr and "80% likely" in done.stderr
-    assert done.stderr.index("trials in about") < done.stderr.index("trial 0 starts")
+    assert "1 trial in about" in done.stderr and "80% likely" in done.stderr
+    assert done.stderr.index("1 trial in about") < done.stderr.index("trial 0 starts")
 
 
 def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):

@@ -78,12 +78,11 @@ def wait_for(search, words):
 # More ways, at random instants, are in tests/faults.
 def test_killed_stopped_and_killed_again_the_same_trials_go_on(folder, whole):
     """A worker is killed, then everything; then SIGTERM comes, then Ctrl-C twice."""
-    with begin(folder, "--workers", "2") as search:
+    with begin(folder) as search:
         wait_for(search, "trial 0 epoch 2/")
         children = psutil.Process(search.pid).children(recursive=True)
-        trainers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        assert len(trainers) == 2
-        trainers[0].kill()
+        (trainer,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        trainer.kill()
         wait_for(search, " goes on: ")  # in a new worker
         everything = [psutil.Process(search.pid), *psutil.Process(search.pid).children(recursive=True)]
         for process in everything:
@@ -91,7 +90,7 @@ def test_killed_stopped_and_killed_again_the_same_trials_go_on(folder, whole):
         assert search.wait(timeout=120) == -signal.SIGKILL
     for process in everything[1:]:
         process.wait(timeout=30)
-    assert [state for state, *_ in curves(folder)] == ["running", "running"]
+    assert curves(folder)[0][0] == "running"
 
     with begin(folder) as search:
         wait_for(search, "trial 0 goes on")
@@ -162,7 +161,7 @@ def test_final_goes_on_after_its_supervisor_was_killed(tmp_path, whole):
         (epochs for *_, epochs in whole[1]), key=lambda epochs: max(e["validation_top1"] for e in epochs)
     )
     assert made["val_accuracy"] == max(epoch["validation_top1"] for epoch in best)
-    assert "epoch 5/" not in said.partition("goes on")[2] and made["test_images"] == 12
+    assert "goes on from its checkpoint" in said and made["test_images"] == 12
     assert not list((folder / "storage").rglob("*.checkpoint*"))
 
 
