@@ -77,8 +77,6 @@ def answer(document: Any, as_json: bool, human: RenderableType) -> None:
     """Prints the JSON document, or what a person wants to read, on stdout."""
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    elif human == "":
-        return  # nothing to say
     elif isinstance(human, str):
         Console().print(human, markup=False, highlight=False, soft_wrap=True)
     else:

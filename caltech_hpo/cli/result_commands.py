@@ -119,8 +119,10 @@ def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: b
 
 def _document(result: FinalResult, folder: Path) -> dict[str, Any]:
     """The result as JSON; its model's file is where it is now, null where it is gone."""
-    model = folder / "model.safetensors"
-    return {**result.model_dump(mode="json"), "model": str(model) if model.exists() else None}
+    from caltech_hpo.results.model_files import WEIGHTS, has_weights
+
+    model = str(folder / WEIGHTS) if has_weights(folder) else None
+    return {**result.model_dump(mode="json"), "model": model}
 
 
 def _scored(

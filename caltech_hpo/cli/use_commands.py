@@ -85,7 +85,8 @@ def predict(
         "images": [one.model_dump(mode="json") for one in made],
     }
     problems = [one for one in made if one.problem]
-    answer(document, as_json, "" if len(problems) == len(made) else _predictions(made))
+    if as_json or len(problems) < len(made):
+        answer(document, as_json, _predictions(made))
     if problems:
         lines = "".join(f"\n  {one.file}: {one.problem}" for one in problems[:SHOWN])
         raise DataError(f"{len(problems)} file(s) could not be read:{lines}", "replace them")
