@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from multiprocessing.connection import Connection
 
-from caltech_hpo.search.messages import Job, Measure, Pause
+from caltech_hpo.search.messages import EpochDone, Job, Measure, Pause
 
 LOOK_EVERY = 0.5  # seconds
+GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # there is no supervisor any more
 
 
 class Line:
@@ -30,12 +31,20 @@ class Line:
                 return message
         return None
 
-    def decision(self) -> bool:
-        """Whether a job goes on after an epoch."""
-        message = self._connection.recv()
-        if isinstance(message, Pause):  # it crossed the epoch on its way
-            self._paused = True
+    def decision(self, epoch: EpochDone) -> bool:
+        """Tells of an epoch; returns whether the job goes on.
+
+        It does if the supervisor is gone: then it is `interrupted` at once, and saved. Ending here would lose
+        the epochs since the last checkpoint.
+        """
+        try:
+            self._connection.send(epoch)
             message = self._connection.recv()
+            if isinstance(message, Pause):  # it crossed the epoch on its way
+                self._paused = True
+                message = self._connection.recv()
+        except GONE:
+            return True
         return bool(message)
 
     def interrupted(self) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from caltech_hpo.errors import CaltechHpoError
-from caltech_hpo.search.line import Line
+from caltech_hpo.search.line import GONE, Line
 from caltech_hpo.search.messages import (
     EpochDone,
     Failed,
@@ -243,7 +243,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     line = Line(connection)
     signal.signal(signal.SIGTERM, lambda *_: line.terminated.set())
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the supervisor is gone
+    with contextlib.suppress(*GONE):
         try:
             context = open_worker(config)
         except CaltechHpoError as error:
@@ -256,7 +256,10 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
             events = run_job(job, context, line.interrupted)
             event = next(events)
             while isinstance(event, (EpochDone, Working)):
-                connection.send(event)
-                event = events.send(line.decision()) if isinstance(event, EpochDone) else next(events)
+                if isinstance(event, EpochDone):
+                    event = events.send(line.decision(event))
+                else:
+                    connection.send(event)
+                    event = next(events)
             connection.send(event)
             events.close()

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import eager_worker, gated_worker, write_folders
@@ -25,6 +26,7 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
+from caltech_hpo.search.worker import worker_main
 from caltech_hpo.spec import Hyperparameters, Recipe
 
 
@@ -222,6 +224,27 @@ def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path, how):
 def settled_job(executor, job):
     executor.submit(job)
     return settled(executor)
+
+
+def test_a_worker_whose_supervisor_dies_between_epochs_saves_them(config, alone, tmp_path, monkeypatch):
+    """Its epochs since the last checkpoint would be lost otherwise."""
+    many, expected, _ = alone
+    file = tmp_path / "trial-0.checkpoint"
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(Job(0, many, checkpoint=file))
+
+    def vanish():
+        ours.recv()  # ready
+        told.append(ours.recv())
+        ours.close()  # without an answer
+
+    told = []
+    with ThreadPoolExecutor() as supervisor:
+        supervisor.submit(vanish)
+        worker_main(theirs, config)
+    assert scores(told) == expected[:1] and file.exists()
+    assert scores(play(InlineExecutor(config), Job(1, many, checkpoint=file, known=1))) == expected[1:]
 
 
 def test_a_checkpoint_of_another_recipe_is_left_alone(config, tmp_path):
