@@ -34,6 +34,10 @@ class Kind(Frozen):
             + 0.01 * (abs(self.views - other.views) + abs(self.copies - other.copies))
         )  # fmt: skip
 
+    def is_like(self, other: Kind) -> bool:
+        """Whether an epoch of one says what an epoch of the other takes: nothing but the batches differ."""
+        return self.distance(other) < 1 and self.copies == other.copies
+
 
 class StepTime(Frozen):
     """Seconds of one kind of training: once a trial (`setup`), a training batch, a validation image.

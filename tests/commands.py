@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import psutil
+
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 
 
@@ -31,7 +33,7 @@ def call(*arguments, cwd, timeout=240, **extra):
 
 
 def here(*arguments, cwd, **extra):
-    """As `call`, without a new process: its imports take seconds. For what only reads, or is refused."""
+    """As `call`, without a new process, where that would prove no more: its imports take seconds."""
     from caltech_hpo.cli import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
@@ -58,3 +60,26 @@ def answer(*arguments, cwd, run=call, **extra):
     done = run(*arguments, "--json", cwd=cwd, **extra)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def wait_for(running, words):
+    """Reads the process's stderr up to a line with these words; returns the line."""
+    for line in running.stderr:
+        if words in line:
+            return line
+    raise AssertionError(f"{words} never came")
+
+
+def killed(*arguments, cwd, words="epoch 5/"):
+    """Kills the command's own process once it has said `words`; its worker has saved where it was."""
+    with subprocess.Popen(
+        [COMMAND, *map(str, arguments)], cwd=cwd, env=environment(), stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True,
+    ) as running:  # fmt: skip
+        wait_for(running, words)
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.kill()
+        running.stderr.read()
+    for child in children:
+        child.wait(timeout=30)
+    assert list((Path(cwd) / "storage").rglob("*.checkpoint"))

@@ -19,6 +19,11 @@ hypothesis.settings.load_profile("untimed")
 CALTECH101 = Path(__file__).parents[2] / "shared" / "data" / "caltech101"
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: many tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=60, help="kills of the storm (pytest -m storm)")
 

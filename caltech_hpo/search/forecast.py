@@ -57,16 +57,19 @@ class Costs:
 
     def epoch(self, kind: Kind) -> float:
         """Seconds of an epoch."""
-        if kind in self.seen:
-            return statistics.median(self.seen[kind])
-        if not self.times:
-            return statistics.median(self.seen[min(self.seen, key=kind.distance)])
-        return self._timed(kind) * self._correction()
+        timed, seen = self._nearest(kind), min(self.seen, key=kind.distance, default=None)
+        if timed is None or (seen is not None and kind.distance(seen) <= kind.distance(timed.kind)):
+            assert seen is not None, "something was timed or seen"
+            return statistics.median(self.seen[seen])
+        return self._timed(kind, timed) * self._correction()
 
     def setup(self, kind: Kind) -> float:
         """Seconds before a trial's first epoch."""
-        nearest = min(self.times, key=lambda time: kind.distance(time.kind), default=None)
+        nearest = self._nearest(kind)
         return nearest.setup if nearest else 0.0
+
+    def _nearest(self, kind: Kind) -> StepTime | None:
+        return min(self.times, key=lambda time: kind.distance(time.kind), default=None)
 
     def once(self, kinds: set[Kind]) -> float:
         """Seconds for the outputs of frozen prefixes, computed once for each of them."""
@@ -80,15 +83,18 @@ class Costs:
             for prefix in found.values()
         )
 
-    def _timed(self, kind: Kind) -> float:
-        nearest = min(self.times, key=lambda time: kind.distance(time.kind))
+    def _timed(self, kind: Kind, nearest: StepTime) -> float:
         share = kind.batch_size / nearest.kind.batch_size
         same_size = nearest.model_copy(update={"kind": kind, "batch": nearest.batch * share})
         return same_size.epoch(*self.images)
 
     def _correction(self) -> float:
         """What epochs took as a multiple of what the timed steps promised."""
-        ratios = [statistics.median(found) / self._timed(kind) for kind, found in self.seen.items()]
+        ratios = [
+            statistics.median(found) / self._timed(kind, nearest)
+            for kind, found in self.seen.items()
+            if (nearest := self._nearest(kind)) and kind.is_like(nearest.kind)
+        ]
         return statistics.median(ratios) if ratios else 1.0
 
 
@@ -112,8 +118,7 @@ class Forecaster:
         self._running: dict[int, _Trial] = {}
         self._ends: list[tuple[bool, float]] = []  # of each finished trial: pruned?, share of its epochs run
         self._finished = 0
-        done = [record for record in records if record.state in ("complete", "pruned")]
-        for record in done:
+        for record in records:
             self._learn(record)
         tried = {record.baseline for record in records}
         rows = [row for row in spec.baselines if row.name not in tried] if baselines else []
@@ -127,12 +132,13 @@ class Forecaster:
         return self._spec.recipe.model_copy(update=params)
 
     def _learn(self, record: TrialRecord) -> None:
-        self._finished += 1
+        finished = record.state in ("complete", "pruned")
+        self._finished += finished
         if record.recipe is None or not record.epochs:
             return
         kind = kind_of(record.recipe)
         self._costs.seen.setdefault(kind, []).extend(result.seconds for result in record.epochs)
-        if not record.baseline:
+        if finished and not record.baseline:
             self._ends.append((record.state == "pruned", len(record.epochs) / record.recipe.epochs))
 
     def handle(self, event: SearchEvent) -> None:
@@ -161,6 +167,14 @@ class Forecaster:
             counted[kind] += 1
             found.setdefault(kind, params)
         return [found[kind] for kind, _ in counted.most_common()]
+
+    def unseen(self) -> list[dict[str, Any]]:
+        """The examples whose epochs no training so far tells the cost of."""
+        return [
+            params
+            for params in self.examples()
+            if not any(kind_of(self._values(params)).is_like(seen) for seen in self._costs.seen)
+        ]
 
     def forecast(self, trials: int) -> Forecast | None:
         """Until the study has `trials` finished ones; None where nothing was timed or seen."""

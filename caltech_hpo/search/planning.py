@@ -114,15 +114,16 @@ def forecaster_for(
     executor: Executor, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
     request: SearchRequest, progress: Progress | None,
 ) -> Forecaster:  # fmt: skip
-    """What a search shows its time left by. A study with some history on this device needs no timing."""
+    """What a search shows its time left by. What was trained on this device needs no timing."""
     costs = Costs((), split_sizes(data))
     here = [record for record in records if record.device in ("", executor.ready.device)]
     known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
     if not known and request.subset is None:
-        examples = Forecaster(spec, here, costs, baselines=request.baselines).examples()
-        binding = binding_of(executor, data, request)
-        measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)
-        costs = Costs(measured.times, costs.images)
+        examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
+        if examples:
+            binding = binding_of(executor, data, request)
+            measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)
+            costs = Costs(measured.times, costs.images)
     return Forecaster(
         spec, here, costs, pruning=request.pruning, baselines=request.baselines, parallel=request.workers
     )

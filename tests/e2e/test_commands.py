@@ -71,7 +71,7 @@ def test_final_scores_the_test_set_once(searched):
 
 def test_the_written_model_can_be_rebuilt_from_its_files_alone(searched):
     folder, *_ = searched
-    result = answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    result = answer("final", "--study", "demo", "--data", "images", cwd=folder, run=here)
     code = """
 import json, sys, torch, numpy as np
 from pathlib import Path
@@ -102,7 +102,7 @@ print(np.mean([made["classes"][i] == path.parent.name for i, path in zip(found, 
 
 def test_report_shows_the_test_score_beside_the_trial(searched):
     folder, document, _ = searched
-    result = answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    result = answer("final", "--study", "demo", "--data", "images", cwd=folder, run=here)
     made = answer("report", "--study", "demo", cwd=folder, run=here)
     assert made["best"] == document["best"]["trial"]
     scored = [row for row in made["rows"] if row["test_accuracy"] is not None]
@@ -116,12 +116,12 @@ def test_report_shows_the_test_score_beside_the_trial(searched):
 
 def test_final_on_training_and_validation_images_is_another_use_of_the_test_set(searched):
     folder, document, _ = searched
-    answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    answer("final", "--study", "demo", "--data", "images", cwd=folder, run=here)
     arguments = ("final", "--study", "demo", "--data", "images", "--fit-on", "train+val")
     refused = here(*arguments, cwd=folder)
     assert refused.returncode == 2 and refused.stdout == "" and "epoch 1/" not in refused.stderr
     assert "was used before" in refused.stderr and '--again "reason"' in refused.stderr
-    made = answer(*arguments, "--again", "what more images give", cwd=folder)
+    made = answer(*arguments, "--again", "what more images give", cwd=folder, run=here)
     assert made["fit_on"] == "train+val" and made["val_accuracy"] is None
     assert made["best_epoch"] == document["best"]["best_epoch"] and 0 < made["test_accuracy"] <= 1
     report = answer("report", "--study", "demo", cwd=folder, run=here)
@@ -183,7 +183,7 @@ def test_a_smoke_run_keeps_nothing_and_unreadable_images_can_be_left_out(tmp_pat
     (images / "ant" / "image_001.png").write_bytes(b"no image")
     document = answer(
         "search", "--study", "demo", "--smoke", "--skip-unreadable", "--data", images,
-        "--home", tmp_path / "home", cwd=tmp_path,
+        "--home", tmp_path / "home", cwd=tmp_path, run=here,
     )  # fmt: skip
     assert document["smoke"] and document["finished"] == 2
     assert not (tmp_path / "home").exists()
@@ -203,7 +203,7 @@ def test_two_homes_on_one_database_cannot_search_a_study_at_once(tmp_path):
 
 def test_the_score_is_the_databases_and_needs_neither_home_nor_data(searched, tmp_path):
     folder, *_ = searched
-    first = answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    first = answer("final", "--study", "demo", "--data", "images", cwd=folder, run=here)
     storage = f"sqlite:///{folder / 'storage' / 'studies.db'}"
     again = here("final", "--study", "demo", "--storage", storage, "--data", "absent", "--json", cwd=tmp_path)
     assert json.loads(again.stdout) == {**first, "model": None} and "no longer in" in again.stderr
@@ -221,10 +221,10 @@ def test_an_unreadable_test_image_is_found_before_training(searched, tmp_path):
     arguments = ("--study", "demo", "--data", "images", "--home", "home")
     bad = images / scan(images).test[0].path
     bad.write_bytes(bytes(bad.stat().st_size))  # of the same size: only decoding can tell
-    done = call("final", *arguments, cwd=tmp_path)
+    done = here("final", *arguments, cwd=tmp_path)
     assert done.returncode == 3 and str(bad.name) in done.stderr and "epoch 1/" not in done.stderr
     bad.write_bytes(b"shorter")
-    done = call("final", *arguments, cwd=tmp_path)
+    done = here("final", *arguments, cwd=tmp_path)
     assert done.returncode == 3 and "not the data that study 'demo' searched on" in done.stderr
 
 
@@ -342,7 +342,7 @@ def test_without_data_or_network_the_three_ways_out_are_named(tmp_path):
 
 def test_without_imagenet_weights_or_network_the_file_is_named(tmp_path):
     write_folders(tmp_path / "images")
-    done = call(
+    done = here(
         "search", "--study", "alexnet-transfer", "--trials", 1, "--data", "images", cwd=tmp_path,
         TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
     )  # fmt: skip
@@ -354,19 +354,21 @@ def test_without_imagenet_weights_or_network_the_file_is_named(tmp_path):
 def test_a_transfer_study_runs_on_weights_in_torchvisions_cache(tmp_path):
     from torchvision import models
 
-    write_folders(tmp_path / "images", images=12)
+    write_folders(tmp_path / "images", images=3)
     weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     weights.parent.mkdir(parents=True)
     torch.save(models.resnet18().state_dict(), weights)
     document = answer(
-        "search", "--study", "resnet18-transfer", "--smoke", "--data", "images", cwd=tmp_path,
+        "search", "--study", "resnet18-transfer", "--smoke", "--data", "images", cwd=tmp_path, run=here,
         TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9",
     )  # fmt: skip
     assert document["finished"] == 2
 
 
 def test_a_smoke_run_on_the_real_images(caltech101, tmp_path):
-    document = answer("search", "--study", "lite0-head", "--smoke", "--data", caltech101, cwd=tmp_path)
+    document = answer(
+        "search", "--study", "lite0-head", "--smoke", "--data", caltech101, cwd=tmp_path, run=here
+    )
     assert document["smoke"] and document["finished"] == 2
     assert 0.3 < document["best"]["val_accuracy"] < 0.95  # ImageNet's features, 300 images, two epochs
 

@@ -26,14 +26,14 @@ def test_a_plan_and_what_search_says_first(folder):
     assert {kind["batch_size"] for kind in found["kinds"]} == {32, 64, 128}
     assert all(kind["epoch_seconds"] > 0 for kind in found["kinds"])
     assert found["memory"] > 1 << 26 and found["disk"]["pixels"] > 0 and found["disk"]["weights"] > 40e6
-    done = call("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
+    done = here("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "1 trial in about" in done.stderr and "80% likely" in done.stderr
     assert done.stderr.index("1 trial in about") < done.stderr.index("trial 0 starts")
 
 
 def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
-    done = call(
+    done = here(
         "search", "--study", "demo@small", "--data", "images", "--trials", 2, "--memory", 0.05, cwd=folder
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -41,7 +41,7 @@ def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
 
 
 def test_bench_of_searching(folder):
-    done = call("bench", "--search", "--trials", 3, "--json", cwd=folder)
+    done = here("bench", "--search", "--trials", 3, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["trials"] == 3 and document["ours_ms"] > 0 and document["optuna_ms"] > 0

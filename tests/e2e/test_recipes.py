@@ -78,14 +78,14 @@ def test_a_search_over_the_whole_recipe(tmp_path, architecture, freeze, more, ke
     (tmp_path / "studies" / "mine.toml").write_text(text)
     data = ("--data", "images")
     trials = 3 if kept else 2
-    searched = answer("search", "--study", "mine", "--trials", trials, *data, cwd=tmp_path)
+    searched = answer("search", "--study", "mine", "--trials", trials, *data, cwd=tmp_path, run=here)
     assert searched["complete"] + searched["pruned"] == trials
     features = list((tmp_path / "storage" / "cache").glob("features/*.npy"))
     # training and validation, each plain and (training: if a trial asked for it) mirrored
     assert len(features) in ({3, 4} if kept else {0})
     if not kept:
         return
-    final = answer("final", "--study", "mine", *data, cwd=tmp_path)
+    final = answer("final", "--study", "mine", *data, cwd=tmp_path, run=here)
     assert 0 <= final["test_accuracy_flip"] <= 1 and final["test_images"] == 12
     report = answer("report", "--study", "mine", cwd=tmp_path, run=here)
     rows = {row["trial"]: row for row in report["rows"]}

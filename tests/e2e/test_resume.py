@@ -11,12 +11,13 @@ import time
 
 import psutil
 import pytest
-from commands import COMMAND, environment
+from commands import COMMAND, environment, killed, wait_for
 from helpers import write_folders
 
+DATA = ("--study", "demo", "--data", "images")
 VALUES = "batch_size=32,augmentation=random_crop,epochs=15"
 SEARCH = (
-    "search", "--study", "demo", "--data", "images", "--no-baselines", "--no-pruning",
+    "search", *DATA, "--no-baselines", "--no-pruning",
     "--enqueue", f"learning_rate=0.01,{VALUES}", "--enqueue", f"learning_rate=0.02,{VALUES}", "--trials", "2",
 )  # fmt: skip
 
@@ -68,22 +69,11 @@ def folder(tmp_path, whole):
     return tmp_path
 
 
-def wait_for(search, words):
-    for line in search.stderr:
-        if words in line:
-            return
-    raise AssertionError(f"{words} never came")
-
-
 # More ways, at random instants, are in tests/faults.
 def test_killed_stopped_and_killed_again_the_same_trials_go_on(folder, whole):
-    """A worker is killed, then everything; then SIGTERM comes, then Ctrl-C twice."""
+    """Everything is killed, then SIGTERM comes, then Ctrl-C twice."""
     with begin(folder) as search:
         wait_for(search, "trial 0 epoch 2/")
-        children = psutil.Process(search.pid).children(recursive=True)
-        (trainer,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        trainer.kill()
-        wait_for(search, " goes on: ")  # in a new worker
         everything = [psutil.Process(search.pid), *psutil.Process(search.pid).children(recursive=True)]
         for process in everything:
             process.kill()
@@ -123,7 +113,7 @@ def test_killed_stopped_and_killed_again_the_same_trials_go_on(folder, whole):
 def told(folder, *command):
     """The JSON answer, without what differs from call to call."""
     done = subprocess.run(
-        [COMMAND, *command, "--study", "demo", "--data", "images", "--json"], cwd=folder, env=environment(),
+        [COMMAND, *command, *DATA, "--json"], cwd=folder, env=environment(),
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -137,40 +127,12 @@ def strip(value, dropped):
     return [strip(part, dropped) for part in value] if isinstance(value, list) else value
 
 
-def killed(folder, *command):
-    """The command's supervisor was killed in epoch 5 or later; its worker has saved where it was."""
-    with subprocess.Popen(
-        [COMMAND, *command, "--study", "demo", "--data", "images"], cwd=folder, env=environment(),
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    ) as running:  # fmt: skip
-        wait_for(running, "epoch 5/")
-        children = psutil.Process(running.pid).children(recursive=True)
-        running.kill()
-        running.stderr.read()
-    for child in children:
-        child.wait(timeout=30)
-    assert list((folder / "storage").rglob("*.checkpoint"))
-
-
-def test_final_goes_on_after_its_supervisor_was_killed(tmp_path, whole):
-    """It ends with the accuracy that the search had: the same recipe is the same training."""
-    folder = shutil.copytree(whole[0], tmp_path / "copy", symlinks=True)
-    killed(folder, "final")
-    made, said = told(folder, "final")
-    best = max(
-        (epochs for *_, epochs in whole[1]), key=lambda epochs: max(e["validation_top1"] for e in epochs)
-    )
-    assert made["val_accuracy"] == max(epoch["validation_top1"] for epoch in best)
-    assert "goes on from its checkpoint" in said and made["test_images"] == 12
-    assert not list((folder / "storage").rglob("*.checkpoint*"))
-
-
 @pytest.mark.storm
 def test_confirm_goes_on_after_its_supervisor_was_killed(tmp_path, whole):
     ours, theirs = (shutil.copytree(whole[0], tmp_path / name, symlinks=True) for name in ("ours", "theirs"))
     command = ("confirm", "--finalists", "1", "--seeds", "2")
     expected, _ = told(theirs, *command)
-    killed(ours, *command)
+    killed(*command, *DATA, cwd=ours)
     found, _ = told(ours, *command)
     assert found == expected
     assert not list((ours / "storage").rglob("*.checkpoint*"))

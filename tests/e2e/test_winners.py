@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 import pytest
-from commands import COMMAND, answer, call, environment, here
+from commands import COMMAND, answer, call, environment, here, killed
 from helpers import write_folders
 
 VALUES = "epochs=12,batch_size=32,augmentation=center_crop"
@@ -21,7 +21,7 @@ def searched(tmp_path_factory):
     write_folders(folder / "images", images=12)
     queued = [f"learning_rate={rate},{VALUES}" for rate in (0.01, 0.02)]
     enqueue = [part for text in queued for part in ("--enqueue", text)]
-    document = answer("search", *STUDY, "--trials", 2, "--no-baselines", *enqueue, cwd=folder)
+    document = answer("search", *STUDY, "--trials", 2, "--no-baselines", *enqueue, cwd=folder, run=here)
     assert document["complete"] == 2
     return folder
 
@@ -51,10 +51,17 @@ def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
 
 
 def test_final_takes_the_confirmed_winner_over_seeds(searched):
+    """Its supervisor is killed; it goes on and has the search's accuracy: the same recipe trains alike."""
+    killed("final", *STUDY, "--seeds", 2, cwd=searched)
     winner = answer("confirm", *STUDY, "--finalists", 2, "--seeds", 2, cwd=searched, run=here)["winner"]
     done = call("final", *STUDY, "--seeds", 2, "--json", cwd=searched)
     made = json.loads(done.stdout)
     assert f"trial {winner}, confirmed over 2 seeds" in done.stderr
+    assert "goes on from its checkpoint" in done.stderr
+    assert not list((searched / "storage").rglob("*.checkpoint*"))
+    rows = answer("report", "--study", "demo", cwd=searched, run=here)["rows"]
+    (row,) = [row for row in rows if row["trial"] == winner]
+    assert made["results"][0]["val_accuracy"] == row["val_accuracy"]
     assert (made["trial"], made["seeds"]) == (winner, 2)
     assert [result["seed"] for result in made["results"]] == [0, 1]
     scores = [result["test_accuracy"] for result in made["results"]]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from caltech_hpo.search.storage import stored_study
 from caltech_hpo.search.urls import default_url
 
 COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
-TRIALS, WORKERS = 30, 2
+HOMES, WORKERS = 2, 2
 # Most of a search that is killed again and again is its start, and a random instant mostly falls there. These
 # kills wait for something new to be shown, so that enough is: at most so many acknowledgements.
 WAITING, MOST_SHOWN, MOST_SHOWN_LONG = 0.3, 20, 60
@@ -46,6 +47,7 @@ class Storm:
 
     folder: Path
     draw: random.Random
+    trials: int
     most_shown: int
     kills: Counter[str] = field(default_factory=Counter)
     studies: int = 0
@@ -64,7 +66,7 @@ class Storm:
     @contextlib.contextmanager
     def searching(self):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
-        command = [COMMAND, "search", "--study", self.study, "--trials", str(TRIALS), "--data", "images"]
+        command = [COMMAND, "search", "--study", self.study, "--trials", str(self.trials), "--data", "images"]
         with self.log.open("ab") as log, subprocess.Popen(
             [*command, "--workers", str(WORKERS), "--no-pruning"], cwd=self.folder, stdout=log, stderr=log,
             env=environment | {"NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
@@ -121,7 +123,9 @@ class Storm:
                     self.strike(process)
                 done = not self.settle(process)
             self.studies += done
-            print(f"storm: {sum(self.kills.values())} kills, study {self.studies + 1}", flush=True)
+            print(
+                f"{self.folder.name}: {sum(self.kills.values())} kills, study {self.studies + 1}", flush=True
+            )
             assert self.codes[process.returncode] < 3 * kills + 3, self.log.read_text()[-2000:]
 
 
@@ -142,19 +146,47 @@ def acknowledged(
 
 
 def test_storm(tmp_path, request, record_property):
+    """Two homes at once: while one search starts, the other trains."""
     kills = request.config.getoption("--kills")
     seed = int(os.environ.get("STORM_SEED", time.time_ns() % 2**32))
     write_folders(tmp_path / "images", images=12)
-    storm = Storm(tmp_path, random.Random(seed), MOST_SHOWN_LONG if kills >= LONG else MOST_SHOWN)
+    storms = []
+    for number in range(HOMES):
+        folder = tmp_path / f"home-{number}"
+        folder.mkdir()
+        (folder / "images").symlink_to(tmp_path / "images")
+        size = (30, MOST_SHOWN_LONG) if kills >= LONG else (15, MOST_SHOWN)
+        storms.append(Storm(folder, random.Random(seed + number), *size))
     begun = time.monotonic()
-    storm.run(kills)
-    url = default_url(tmp_path / "storage")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Storm.run, storms, [-(-kills // HOMES)] * HOMES))
+    found = [counted(storm) for storm in storms]
+    facts = {
+        "kills": dict(sum((storm.kills for storm in storms), Counter())),
+        "exit codes": dict(sum((storm.codes for storm in storms), Counter())),
+        **{name: sum(figures[name] for figures in found) for name in found[0]},
+        "seed": seed, "minutes": round((time.monotonic() - begun) / 60, 1),
+    }  # fmt: skip
+    print("\nstorm:", json.dumps(facts))
+    record_property("storm", json.dumps(facts))
+    enough = (10 if kills >= LONG else 3) * kills
+    assert facts["acknowledged"] >= enough, "a storm that saw nothing proves nothing"
+    assert (facts["lost"], facts["duplicated"], facts["stuck"]) == (0, 0, 0), facts
+    assert not [path for path in tmp_path.glob("*/storage/checkpoints/**/*") if path.is_file()]
+    assert 1 not in facts["exit codes"], "a traceback"
+
+
+def counted(storm: Storm) -> Counter[str]:
+    """What its searches showed against what its database holds."""
+    url = default_url(storm.folder / "storage")
     assert not examine(url).problems
-    figures = Counter(lost=0, duplicated=0, acknowledged=0, failed=0, trials=0)
+    figures = Counter(
+        lost=0, duplicated=0, acknowledged=0, failed=0, trials=0, stuck=storm.stuck, studies=storm.studies
+    )
     for number in range(storm.studies):
         name = f"demo@{number + 1}"
         records = {record.number: record for record in trial_records(stored_study(url, name))}
-        epochs, values, ends, states = acknowledged(tmp_path / f"{name}.log")
+        epochs, values, ends, states = acknowledged(storm.folder / f"{name}.log")
         figures["acknowledged"] += len(epochs) + len(ends)
         figures["duplicated"] += sum(n > 1 for n in (*epochs.values(), *ends.values()))
         stored = {
@@ -165,23 +197,11 @@ def test_storm(tmp_path, request, record_property):
         figures["lost"] += sum(stored.get(key) != value for key, value in values.items())
         figures["lost"] += sum(records[trial].state != state for trial, state in states.items())
         finished = [record for record in records.values() if record.state in ("complete", "pruned")]
-        assert len(finished) == TRIALS
+        assert len(finished) == storm.trials
         assert not [record for record in records.values() if record.state == "running"]
         assert Counter(r.baseline for r in finished if r.baseline) == {
             "by hand: LR 0.05, 6 epochs, step 4": 1
         }
         figures["failed"] += sum(record.state == "failed" for record in records.values())
         figures["trials"] += len(finished)
-    figures["stuck"] = storm.stuck
-    leftover = [p for p in (tmp_path / "storage" / "checkpoints").rglob("*") if p.is_file()]
-    facts = {
-        "kills": dict(storm.kills), "exit codes": dict(storm.codes), **figures, "studies": storm.studies,
-        "seed": seed, "minutes": round((time.monotonic() - begun) / 60, 1),
-    }  # fmt: skip
-    print("\nstorm:", json.dumps(facts))
-    record_property("storm", json.dumps(facts))
-    enough = (10 if kills >= LONG else 3) * kills
-    assert figures["acknowledged"] >= enough, "a storm that saw nothing proves nothing"
-    assert (figures["lost"], figures["duplicated"], figures["stuck"]) == (0, 0, 0), facts
-    assert not leftover
-    assert storm.codes[1] == 0, "a traceback"
+    return figures

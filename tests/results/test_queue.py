@@ -179,23 +179,21 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
         while not (log.exists() and " epoch 2/20" in log.read_text()):
             assert first.poll() is None
             time.sleep(0.1)
-        first.send_signal(signal.SIGTERM)
-        assert "paused; goes on" in first.stderr.read()
-        assert first.wait(timeout=40) == 143
-    assert states() == ["running"]
-    with serving() as killed:
-        while log.read_text().count(" goes on: ") < 1:
-            assert killed.poll() is None
-            time.sleep(0.1)
-        killed.kill()
-    while "paused; the same command" not in log.read_text().split(" goes on: ")[1]:  # its search notices
+        first.kill()
+    while "paused; the same command" not in log.read_text():  # its search notices
         time.sleep(0.1)
+    assert states() == ["running"]
+    answer("submit", "--study", "demo@2", "--trials", "1", *options, cwd=tmp_path, run=here)
     with serving() as second:
         assert next(line for line in second.stderr if "submission 1: done" in line)
-        second.send_signal(signal.SIGINT)
-        assert second.wait(timeout=40) == 130
-    assert states() == ["done"]
-    assert "goes on: " in log.read_text()  # the same trial
-    assert [
-        (one["study"], one["finished"]) for one in answer("status", cwd=tmp_path, run=here)["studies"]
-    ] == [("demo", 1)]
+        assert log.read_text().count(" goes on: ") == 1  # the same trial
+        log = tmp_path / "storage" / "logs" / "submission-2.log"
+        while not (log.exists() and " starts: " in log.read_text()):
+            assert second.poll() is None
+            time.sleep(0.1)
+        second.send_signal(signal.SIGTERM)
+        assert "paused; goes on" in second.stderr.read()
+        assert second.wait(timeout=40) == 143
+    assert states() == ["done", "running"]
+    found = {one["study"]: one["finished"] for one in answer("status", cwd=tmp_path, run=here)["studies"]}
+    assert found == {"demo": 1, "demo@2": 0}

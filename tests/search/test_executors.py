@@ -84,29 +84,6 @@ def test_inline_and_processes_train_alike(config, tmp_path):
         local.close()
 
 
-def test_a_killed_worker_is_reported_and_replaced(config):
-    executor = ProcessExecutor(config, 2)
-    try:
-        assert executor.free == 2
-        executor.submit(Job(0, recipe(epochs=50)))
-        executor.submit(Job(1, recipe(epochs=1)))
-        pids = {child.pid for child in multiprocessing.active_children()}
-        first = executor.next_event()
-        os.kill(next(w.process.pid for w in executor._workers if w.job == 0), signal.SIGKILL)
-        seen = [first]
-        while not (any(isinstance(e, Died) for e in seen) and any(isinstance(e, Finished) for e in seen)):
-            if isinstance(seen[-1], EpochDone):
-                executor.answer(seen[-1].job, True)
-            seen.append(executor.next_event())
-        assert Died(0, -signal.SIGKILL) in seen and Finished(1) in seen
-        assert executor.free == 2
-        assert {child.pid for child in multiprocessing.active_children()} != pids
-        assert play(executor, Job(2, recipe(epochs=1)))[-1] == Finished(2)
-    finally:
-        executor.close()
-    assert not multiprocessing.active_children()
-
-
 @pytest.fixture
 def gated(tmp_path):
     """Two workers of made-up epochs with a job each, and the first one's successor, which cannot be ready."""
@@ -171,54 +148,54 @@ def settled(executor):
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     """A recipe, and the epochs and best weights of a training that nothing interrupted."""
-    many = recipe(epochs=4, augmentation="random_crop_flip", dropout=0.2)
+    many = recipe(epochs=5, augmentation="random_crop_flip", dropout=0.2)
     best = tmp_path_factory.mktemp("alone") / "best"
     expected = scores(play(InlineExecutor(config), Job(0, many, best)))
     return many, expected, best.read_bytes()
 
 
-@pytest.mark.parametrize("how", ["pause", "kill", "terminate"])
-def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path, how):
-    """Paused, its worker killed or asked to end: the epochs are those of one that was left alone."""
+def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path):
+    """Paused, its worker asked to end, and killed: the epochs are those of one that was left alone."""
     many, expected, weights = alone
-    file = tmp_path / "checkpoints" / "trial-0.checkpoint"
-    executor = ProcessExecutor(config, 1, target=eager_worker if how == "kill" else None)
+    file, kept = tmp_path / "checkpoints" / "trial-0.checkpoint", tmp_path / "best"
+    executor = ProcessExecutor(config, 1, target=eager_worker)
+    told, pids = [], set()
     try:
-        kept = tmp_path / "best"
-        executor.submit(Job(1, many, kept, file))
-        begun = []
-        while len(begun) < 2:
-            begun.append(executor.next_event())
-            if len(begun) < 2:
-                executor.answer(1, True)
-        process = executor._workers[0].process
-        if how == "pause":
-            executor.pause()
-        else:
-            os.kill(process.pid, signal.SIGKILL if how == "kill" else signal.SIGTERM)
+        for how in ("pause", "terminate", "kill"):
+            begun = submitted(executor, Job(1, many, kept, file, len(scores(told))))
+            pid = executor._workers[0].process.pid
+            if how == "pause":
+                executor.pause()
+            else:
+                os.kill(pid, signal.SIGTERM if how == "terminate" else signal.SIGKILL)
+            executor.answer(1, True)
+            begun += settled(executor)
+            last = {"pause": Paused(1), "kill": Died(1, -signal.SIGKILL)}.get(how, begun[-1])
+            assert begun[-1] == last and executor.free == 1 and file.exists()
+            told += begun[:-1]
+            pids.add(pid)
+        told += submitted(executor, Job(1, many, kept, file, len(scores(told))))
         executor.answer(1, True)
-        rest = settled(executor)
-        begun += rest[:-1]
-        if how == "pause":
-            assert rest[-1] == Paused(1) and executor.free == 1
-        elif how == "kill":
-            assert rest[-1] == Died(1, -signal.SIGKILL)
-        assert file.exists()
-        known = len(scores(begun))
-        again = settled_job(executor, Job(1, many, kept, file, known))
-        if isinstance(again[-1], Died):  # the worker that was asked to end had ended by now
-            again = settled_job(executor, Job(1, many, kept, file, known))
-        assert again[-1] == Finished(1)
-        assert scores(begun) + scores(again) == expected
-        assert kept.read_bytes() == weights
-        if how != "pause":
-            return
+        told += settled(executor)
+        assert told[-1] == Finished(1) and scores(told) == expected and kept.read_bytes() == weights
+        assert len(pids) == 2  # of the worker that was asked to end, and of its successor
         # what the supervisor does not know, though it was trained, is told again
         assert scores(settled_job(executor, Job(2, many, checkpoint=file, known=1))) == expected[1:]
         settled_job(executor, Job(3, many, tmp_path / "not better", above=1.0))
         assert not (tmp_path / "not better").exists()
     finally:
         executor.close()
+    assert not multiprocessing.active_children()
+
+
+def submitted(executor, job):
+    """Submits a job and waits for its first epoch; a worker that was asked to end may have ended by now."""
+    executor.submit(job)
+    event = executor.next_event()
+    if isinstance(event, Died):
+        return submitted(executor, job)
+    assert isinstance(event, EpochDone)
+    return [event]
 
 
 def settled_job(executor, job):
@@ -260,7 +237,7 @@ def test_a_checkpoint_of_another_recipe_is_left_alone(config, tmp_path):
 
 
 def test_workers_end_with_the_executor_even_in_mid_epoch(config):
-    executor = ProcessExecutor(config, 2)
+    executor = ProcessExecutor(config, 1)
     executor.submit(Job(0, recipe(epochs=10_000)))
     executor.close()
     assert not multiprocessing.active_children()

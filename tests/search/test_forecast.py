@@ -149,6 +149,28 @@ def test_one_example_of_each_kind_the_usual_one_first():
     assert {kind.frozen_blocks for kind in found} == {0, 1, 2}
 
 
+def test_what_runs_already_needs_no_timing():
+    """A search that goes on in its first trial asks for no other kind than those that cost otherwise."""
+    spec = SPEC.model_copy(
+        update={
+            "space": {
+                "batch_size": Choices(choices=[10, 20]),
+                "augmentation": Choices(choices=["random_crop", "concat"]),
+            }
+        }
+    )
+    running = record(0, 2, "running", seconds=6.0)
+    assert len(Forecaster(spec, [], Costs((), IMAGES)).examples()) == 4
+    found = Forecaster(spec, [running], Costs((), IMAGES), pruning=False)
+    assert {params["augmentation"] for params in found.unseen()} == {"concat"}
+    assert len(found.examples()) == 4 and found.forecast(1).trials == 1
+    # batches of another size take as long; four copies take what their own steps promise
+    slow = StepTime(kind=KIND.model_copy(update={"copies": 4}), setup=1.0, batch=0.1, evaluation=0.02)
+    known = Costs((slow,), IMAGES, {KIND: [6.0]})
+    assert known.epoch(KIND.model_copy(update={"batch_size": 20})) == 6.0
+    assert known.epoch(slow.kind) == 40 * 0.1 + 50 * 0.02
+
+
 def test_kinds_agree_with_the_augmentations():
     for name, what in AUGMENTATIONS.items():
         recipe = SPEC.recipe.model_copy(update={"augmentation": name, "freeze": "features"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers import eager_worker, write_folders
+from helpers import write_folders, writing_worker
 
 from caltech_hpo.data.cache import write_whole
 from caltech_hpo.data.dataset import scan
@@ -92,9 +92,7 @@ def test_a_cluster_without_room_says_so(cluster, tmp_path, monkeypatch):
 
 def test_files_travel_where_folders_are_not_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        relay,
-        "ProcessExecutor",
-        lambda config, workers: ProcessExecutor(config, workers, eager_worker),
+        relay, "ProcessExecutor", lambda config, workers: ProcessExecutor(config, workers, writing_worker)
     )
     monkeypatch.setattr(relay.tempfile, "gettempdir", lambda: str(tmp_path / "there"))
     monkeypatch.setattr(relay.tempfile, "tempdir", str(tmp_path / "there"))
@@ -127,12 +125,12 @@ def test_files_travel_where_folders_are_not_shared(tmp_path, monkeypatch):
     epochs = []
     while not isinstance(event, (Finished, Paused)):
         if isinstance(event, EpochDone):
-            epochs.append(event.result.epoch)
+            epochs.append((event.result.epoch, event.result.validation_top1))
         event, files = second.answer(0, True) if isinstance(event, EpochDone) else second.next_event()
         arrived |= files
     second.close()
-    assert epochs == [2, 3] and isinstance(event, Finished)
-    assert set(arrived) == {job.checkpoint, job.keep}
+    assert epochs == [(2, 0.2), (3, 0.2)] and isinstance(event, Finished)  # from the checkpoint of epoch 2
+    assert arrived == {job.checkpoint: b"3", job.keep: b"weights"}
     assert not list((tmp_path / "there").glob("caltech-hpo-[!p]*"))
 
 

@@ -61,9 +61,17 @@ def same(one, other):
 
 RECIPES = [
     {"optimizer": "adamw", "learning_rate": 0.001, "schedule": "one_cycle", "ema": 0.9},
-    {"schedule": "cosine", "warmup": 0.3, "mixup": 0.2, "nesterov": True, "test_time_flip": True},
+    {
+        "schedule": "cosine",
+        "warmup": 0.3,
+        "mixup": 0.2,
+        "nesterov": True,
+        "test_time_flip": True,
+        "augmentation": "concat",
+        "epochs": 2,
+    },
     {"freeze": "features", "augmentation": "center_crop_flip", "head_lr_factor": 3.0},
-    {"precision": "bf16", "momentum": 0.0, "augmentation": "concat", "epochs": 2},
+    {"precision": "bf16", "momentum": 0.0, "epochs": 2},
 ]
 
 
