@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ Check = Callable[[], None]
 # Before a study's name, which never begins with "+": what else than its search holds a lock.
 CONFIRM, FINAL = "+confirm-", "+final-"
 SERVE = "+serve"
+NAMED_WITHIN = 1.0  # seconds
 FIX = "wait for it, or stop it with Ctrl-C; a second one adds nothing"
 
 
@@ -88,6 +90,8 @@ def held(path: Path, what: str) -> Iterator[None]:
             path.write_text(json.dumps(_ourselves()), encoding="utf-8")
         yield
     finally:
+        with contextlib.suppress(OSError):  # the next one is not taken for this one
+            path.write_text("", encoding="utf-8")
         lock.release()
 
 
@@ -97,12 +101,16 @@ def _ourselves() -> dict[str, str | int]:
 
 
 def _holder(path: Path) -> str:
-    """Who wrote themselves into a lock file, if it can be read."""
-    try:
-        who = json.loads(path.read_text(encoding="utf-8"))
-        return f": process {who['process']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    """Who wrote themselves into a lock file, if it can be read; who has just taken it is about to."""
+    until = time.monotonic() + NAMED_WITHIN
+    while True:
+        try:
+            who = json.loads(path.read_text(encoding="utf-8"))
+            return f": process {who['process']} on {who['host']}, since {who['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            if time.monotonic() > until:
+                return ""
+            time.sleep(0.02)
 
 
 def lock_number(name: str) -> int:

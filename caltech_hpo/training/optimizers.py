@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             {"params": [p for p in learning if id(p) in head], "lr": rate},
         ]
         groups = [group for group in groups if group["params"]]
-    fused = learning[0].is_cuda  # one pass over the memory of each parameter
+    fused = learning[0].device.type in ("cpu", "cuda")  # one pass over the memory of each parameter
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
             groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999),

@@ -7,8 +7,11 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 
 from caltech_hpo.cli import is_database_error, reason_of
 from caltech_hpo.errors import StorageError, UsageError
@@ -100,6 +103,20 @@ def test_passwords_on_the_command_line_are_refused(bad):
 )
 def test_urls_without_a_password_are_not(good):
     refuse_password(good)
+
+
+def test_who_has_just_taken_a_lock_is_named_once_they_have_written_who_they_are(tmp_path):
+    path = tmp_path / "a.lock"
+    with FileLock(path), ThreadPoolExecutor() as other:
+        late = other.submit(
+            lambda: (time.sleep(0.2), path.write_text('{"process": 7, "host": "h", "since": "s"}'))
+        )
+        with pytest.raises(StorageError, match="process 7 on h, since s"), held(path, "search"):
+            pass
+        late.result()
+    with held(path, "search"):
+        assert "process" in path.read_text()
+    assert path.read_text() == ""  # nobody takes the next holder for this one
 
 
 def test_a_link_to_a_database_has_its_lock(url, tmp_path):
