@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from caltech_hpo.cli.display import duration, percent, short_params
+from caltech_hpo.cli.display import percent, short_params
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -30,10 +26,11 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import table_of
+from caltech_hpo.cli.trainings_view import TrainingsView, training_name
 
 if TYPE_CHECKING:
     from caltech_hpo.results.confirm import ConfirmPlan
-    from caltech_hpo.results.confirm_events import ConfirmEvent, Training
+    from caltech_hpo.results.confirm_events import ConfirmEvent
     from caltech_hpo.results.ranking import Confirmation
 
 
@@ -71,11 +68,14 @@ def confirm(
             events = run_confirm(
                 plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars
             )
-            view = ConfirmView(Console(stderr=True), plan, workers)
+            names = [training_name(one.trial, one.recipe) for one in plan.open]
+            view = TrainingsView(
+                Console(stderr=True), names, sum(one.recipe.epochs for one in plan.open), workers
+            )
             with contextlib.closing(events), view.shown():
                 for event in events:
                     bars.close()
-                    view.handle(event)
+                    _show(view, event)
         made = confirmed(place.storage, study)
     assert made is not None, "every seed is whole"
     document = made.model_dump(mode="json") | {
@@ -92,59 +92,19 @@ def _announcement(plan: ConfirmPlan) -> str:
     return text + (f"{done} of {total} trainings done" if plan.open else f"all {total} trainings done before")
 
 
-class ConfirmView:
-    """The progress of a confirm: a bar for each running training on a terminal, a line an epoch elsewhere."""
+def _show(view: TrainingsView, event: ConfirmEvent) -> None:
+    from caltech_hpo.results.confirm_events import TrainingEpoch, TrainingStarted
 
-    def __init__(self, console: Console, plan: ConfirmPlan, workers: int) -> None:
-        self._console, self._workers = console, workers
-        self._places = {training: number for number, training in enumerate(plan.open, start=1)}
-        self._epochs_left = sum(training.recipe.epochs for training in plan.open)
-        self._seconds: list[float] = []
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console,
-        )  # fmt: skip
-        self._tasks: dict[Training, TaskID] = {}
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Keeps the bars on the screen."""
-        if not self._console.is_terminal or not self._places:
-            yield
-            return
-        with self._bars:
-            yield
-
-    def handle(self, event: ConfirmEvent) -> None:
-        """Takes in one event."""
-        from caltech_hpo.results.confirm_events import TrainingEpoch, TrainingStarted
-
-        training, epochs = event.training, event.training.recipe.epochs
-        name = f"trial {training.trial} seed {training.recipe.seed}"
-        if isinstance(event, TrainingStarted):
-            if self._console.is_terminal:
-                self._tasks[training] = self._bars.add_task(name, total=epochs)
-            how = "goes on; the epochs before its checkpoint are shown again" if event.resumed else "starts"
-            self._line(f"{name} {how} ({self._places[training]} of {len(self._places)} trainings)")
-        elif isinstance(event, TrainingEpoch):
-            result = event.result
-            self._seconds.append(result.seconds)
-            self._epochs_left -= 1
-            text = f"loss {result.training_loss:.4f}, validation {percent(result.validation_top1)}"
-            left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
-            self._line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
-            if training in self._tasks:
-                self._bars.update(
-                    self._tasks[training], completed=result.epoch, description=f"{name}: {text}; epoch"
-                )
-        else:
-            run = event.run
-            self._epochs_left -= epochs - run.epochs_run
-            self._line(f"{name} {run.stop_reason}, best validation {percent(run.value)}")
-
-    def _line(self, text: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    recipe = event.training.recipe
+    name = training_name(event.training.trial, recipe)
+    if isinstance(event, TrainingStarted):
+        view.started(name, recipe.epochs, resumed=event.resumed)
+    elif isinstance(event, TrainingEpoch):
+        view.epoch(name, event.result, recipe.epochs)
+    else:
+        run = event.run
+        text = f"{run.stop_reason}, best validation {percent(run.value)}"
+        view.ended(name, text, epochs_left=recipe.epochs - run.epochs_run)
 
 
 def confirmation_table(made: Confirmation) -> Group:

@@ -1,11 +1,9 @@
-"""Progress on a terminal: bars, the live table of a search, the epochs of a final training."""
+"""Progress on a terminal, and how numbers are written."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,12 +12,8 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-if TYPE_CHECKING:
-    from caltech_hpo.spec import EpochResult
 
 SHORT = {
     "learning_rate": "lr",
@@ -94,40 +88,6 @@ class ProgressBars:
         """Removes the bars."""
         if self._bars.live.is_started:
             self._bars.stop()
-
-
-class EpochView:
-    """The progress of one training: a bar on a terminal, a line an epoch elsewhere."""
-
-    def __init__(self, console: Console, epochs: int) -> None:
-        self._console, self._epochs = console, epochs
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-        self._task = self._bar.add_task("training, epoch", total=epochs)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Keeps the bar on the screen."""
-        if not self._console.is_terminal:
-            yield
-            return
-        with self._bar:
-            yield
-
-    def handle(self, result: EpochResult) -> None:
-        """Takes in one epoch."""
-        text = f"loss {result.training_loss:.4f}"
-        if result.validation_top1 is not None:
-            text += f", validation {percent(result.validation_top1)}"
-        self._bar.update(self._task, completed=result.epoch, description=f"{text}; epoch")
-        if not self._console.is_terminal:
-            left = duration(result.seconds * (self._epochs - result.epoch))
-            self._console.print(
-                f"epoch {result.epoch}/{self._epochs}: {text}, {result.seconds:.0f} s, {left} left",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
 
 
 def size(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from caltech_hpo.cli.display import EpochView
 from caltech_hpo.cli.final_tables import final_text, seeds_text
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
@@ -28,11 +28,12 @@ from caltech_hpo.cli.options import (
 )
 from caltech_hpo.cli.overview import AllStudies, OneStudy, Output, check_choice, report_all
 from caltech_hpo.cli.tables import report_table
+from caltech_hpo.cli.trainings_view import TrainingsView, training_name
 
 if TYPE_CHECKING:
     from caltech_hpo.results.ledger import FinalResult
     from caltech_hpo.results.plan import FinalPlan
-    from caltech_hpo.spec import EpochResult
+    from caltech_hpo.results.retraining import FinalEvent
 
 
 class FitOnChoice(StrEnum):
@@ -72,6 +73,9 @@ def final(
         bool,
         typer.Option("--retrain", help="Train lost weights of a scored recipe again; nothing is scored."),
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Processes that train at once, a seed each.")
+    ] = 1,
     device: Device = "auto",
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
@@ -88,17 +92,31 @@ def final(
     Example: caltech-hpo final --study alexnet-scratch
     """
     from caltech_hpo.results.plan import plan_finals
+    from caltech_hpo.results.retraining import Scored, run_finals
 
     place = place_of(home, storage, data)
-    with goes_on():
-        with progress_bars() as bars:
-            plans = plan_finals(
-                study, place, fit_on=fit_on.value, seeds=seeds, trial=trial, again=again, retrain=retrain,
-                progress=bars, say=say,
-            )  # fmt: skip
+    with goes_on(), progress_bars() as bars:
+        plans = plan_finals(
+            study, place, fit_on=fit_on.value, seeds=seeds, trial=trial, again=again, retrain=retrain,
+            progress=bars, say=say,
+        )  # fmt: skip
         say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
-        results = [_scored(plan, device, skip_unreadable, allow_leak, retrain) for plan in plans]
-    _answer_final(plans, results, as_json)
+        pending = plans if retrain else [plan for plan in plans if plan.stored is None]
+        names = [training_name(plan.record.number, plan.recipe) for plan in pending]
+        total = sum(plan.recipe.epochs for plan in pending)
+        view = TrainingsView(Console(stderr=True), names, total, min(workers, len(names)))
+        events = run_finals(
+            plans, device=device, workers=workers, retrain=retrain, skip_unreadable=skip_unreadable,
+            allow_leak=allow_leak, progress=bars, say=say,
+        )  # fmt: skip
+        results = {}
+        with contextlib.closing(events), view.shown():
+            for event in events:
+                bars.close()
+                _show(view, event)
+                if isinstance(event, Scored):
+                    results[event.result.seed] = event.result
+    _answer_final(plans, [results[plan.recipe.seed] for plan in plans], as_json)
 
 
 def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: bool) -> None:
@@ -125,53 +143,23 @@ def _document(result: FinalResult, folder: Path) -> dict[str, Any]:
     return {**result.model_dump(mode="json"), "model": model}
 
 
-def _scored(
-    plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool, retrain: bool
-) -> FinalResult:  # fmt: skip
-    """The recipe's score: the stored one, or a new one."""
-    from caltech_hpo.results.final import final_lock, is_settled, restore, score
-    from caltech_hpo.results.model_files import has_weights
+def _show(view: TrainingsView, event: FinalEvent) -> None:
+    from caltech_hpo.results.retraining import RetrainingEpoch, RetrainingStarted, Scored
 
-    what = f"trial {plan.record.number}, seed {plan.recipe.seed},"
-    if plan.stored is not None and is_settled(plan):
-        say(f"{what} was scored before; the test set is not used again")
-        if has_weights(plan.folder):
-            return plan.stored
-        if not retrain:
-            say(
-                f"its weights are no longer in {plan.folder}; --retrain trains them again, and scores nothing"
-            )
-            return plan.stored
-        with final_lock(plan):
-            say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
-            restore(plan, _trained(plan, device, skip_unreadable, allow_leak))
-        return plan.stored
-    with final_lock(plan) as taken:
-        if taken is not None:
-            say(f"{what} was scored meanwhile; the test set is not used again")
-            return taken
-        say(f"retraining {what} on {plan.recipe.fit_on}, {plan.recipe.epochs} epochs")
-        epochs = _trained(plan, device, skip_unreadable, allow_leak)
-        say("scoring the test set")
-        with progress_bars() as bars:
-            return score(plan, epochs, device=device, skip_unreadable=skip_unreadable, progress=bars)
-
-
-def _trained(plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool) -> list[EpochResult]:
-    """Trains, showing the epochs."""
-    from caltech_hpo.results.final import retrain
-
-    view = EpochView(Console(stderr=True), plan.recipe.epochs)
-    with progress_bars() as bars, view.shown():
-        epochs = []
-        for result in retrain(
-            plan, device=device, skip_unreadable=skip_unreadable, allow_leak=allow_leak,
-            progress=bars, say=say,
-        ):  # fmt: skip
-            bars.close()
-            view.handle(result)
-            epochs.append(result)
-    return epochs
+    plan, name = event.plan, training_name(event.plan.record.number, event.plan.recipe)
+    if isinstance(event, RetrainingStarted):
+        view.started(name, plan.recipe.epochs, resumed=event.resumed)
+    elif isinstance(event, RetrainingEpoch):
+        view.epoch(name, event.result, plan.recipe.epochs)
+    elif isinstance(event, Scored):
+        if event.how in ("before", "lost", "meanwhile"):
+            when = "meanwhile" if event.how == "meanwhile" else "before"
+            say(f"{name} was scored {when}; the test set is not used again")
+        if event.how == "lost":
+            gone = f"its weights are no longer in {plan.folder}"
+            say(f"{gone}; --retrain trains them again, and scores nothing")
+    else:
+        say(f"scoring {name} on the test set")
 
 
 def report(

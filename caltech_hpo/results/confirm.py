@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,13 @@ from caltech_hpo.results.confirm_events import (
 from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
-from caltech_hpo.results.trainings import SEEDS, searched_data, seeded, training_failure
+from caltech_hpo.results.trainings import SEEDS, Began, searched_data, seeded, train_each
 from caltech_hpo.search.locks import CONFIRM, study_lock
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
+from caltech_hpo.search.messages import EpochDone, Job
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import open_executor
-from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.search.storage import open_existing, open_storage, stored_study
 from caltech_hpo.spec import EpochResult, Recipe
 from caltech_hpo.training.checkpoint_files import remove_checkpoint
@@ -180,14 +179,6 @@ def run_confirm(
                 yield event
 
 
-@dataclass
-class _Running:
-    training: Training
-    results: list[EpochResult] = field(default_factory=list)
-    stop_reason: str = ""
-    deaths: int = 0
-
-
 def train_all(
     plan: ConfirmPlan, trainings: Sequence[Training], executor: Executor, progress: Progress | None = None
 ) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
@@ -195,52 +186,36 @@ def train_all(
 
     One that was interrupted, or whose worker died, goes on from its checkpoint.
     """
-    waiting = list(enumerate(trainings))
-    running: dict[int, _Running] = {}
-    while waiting or running:
-        while waiting and executor.free:
-            number, training = waiting.pop(0)
-            running[number] = _Running(training)
-            resumed = _checkpoint(plan, training.recipe).exists()
-            executor.submit(_job(plan, number, running[number]))
-            yield TrainingStarted(training, resumed)
-        event = executor.next_event()
-        one = running[event.job]
-        if isinstance(event, EpochDone):
-            one.results.append(event.result)
-            one.stop_reason = divergence(one.results)
-            executor.answer(event.job, not one.stop_reason)
-            yield TrainingEpoch(one.training, event.result)
-        elif isinstance(event, Working):
-            if progress:
-                progress(event.what, event.done, event.total)
-        elif isinstance(event, Finished):
-            del running[event.job]
-            yield TrainingEnded(one.training, _run(plan.study, one))
-            remove_checkpoint(_checkpoint(plan, one.training.recipe))
-        elif isinstance(event, (Died, Paused)) and one.deaths + 1 < MOST_DEATHS:
-            one.deaths += 1
-            executor.submit(_job(plan, event.job, one))
-        elif isinstance(event, (Failed, Died, Paused)):
-            raise training_failure(event)
+    jobs = [
+        Job(number, training.recipe, checkpoint=_checkpoint(plan, training.recipe))
+        for number, training in enumerate(trainings)
+    ]
+    for event in train_each(jobs, executor, go_on=_goes_on, progress=progress):
+        training = trainings[event.job]
+        if isinstance(event, Began):
+            yield TrainingStarted(training, event.resumed)
+        elif isinstance(event, EpochDone):
+            yield TrainingEpoch(training, event.result)
+        else:
+            yield TrainingEnded(training, _run(plan.study, training, event.results))
+            remove_checkpoint(_checkpoint(plan, training.recipe))
 
 
-def _job(plan: ConfirmPlan, number: int, running: _Running) -> Job:
-    recipe = running.training.recipe
-    return Job(number, recipe, checkpoint=_checkpoint(plan, recipe), known=len(running.results))
+def _goes_on(results: Sequence[EpochResult]) -> bool:
+    return not divergence(results)
 
 
 def _checkpoint(plan: ConfirmPlan, recipe: Recipe) -> Path:
     return plan.place.checkpoints / plan.study / f"confirm-{recipe.hash}.checkpoint"
 
 
-def _run(study: str, running: _Running) -> ConfirmRun:
-    recipe, results = running.training.recipe, running.results
+def _run(study: str, training: Training, results: Sequence[EpochResult]) -> ConfirmRun:
+    recipe = training.recipe
     best = max(results, key=lambda result: result.validation_top1 or 0.0)
     return ConfirmRun(
-        study=study, trial=running.training.trial, configuration=recipe.configuration,
+        study=study, trial=training.trial, configuration=recipe.configuration,
         recipe_hash=recipe.hash, seed=recipe.seed, value=best.validation_top1 or 0.0,
         best_epoch=best.epoch, epochs_run=len(results),
         seconds=round(sum(result.seconds for result in results), 3),
-        stop_reason=running.stop_reason or "finished", finished_at=now(),
+        stop_reason=divergence(results) or "finished", finished_at=now(),
     )  # fmt: skip

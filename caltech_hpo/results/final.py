@@ -1,11 +1,11 @@
-"""Retrains a recipe and scores it on the test set, once. The only module that loads the test split."""
+"""Scores a retrained recipe on the test set, once. The only module that loads the test split."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from caltech_hpo.data.cache import Progress, read_index
+from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.duplicates import TEST, Group
 from caltech_hpo.data.loading import SearchData, TestData, load_search_data, load_test_data, named_images
-from caltech_hpo.errors import StorageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.leaks import count_leaked, find_leaks, refuse_leaks
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
@@ -23,14 +23,10 @@ from caltech_hpo.results.model_files import WEIGHTS, publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
-from caltech_hpo.results.trainings import training_failure
 from caltech_hpo.search.locks import FINAL, study_lock
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Job, Paused, Working
 from caltech_hpo.search.request import Say, silent
-from caltech_hpo.search.run import open_executor
-from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.spec import EpochResult
-from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
+from caltech_hpo.training.checkpoint_files import remove_checkpoint
 
 if TYPE_CHECKING:
     from caltech_hpo.training.loop import Evaluation
@@ -38,25 +34,29 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def final_lock(plan: FinalPlan) -> Iterator[FinalResult | None]:
-    """One `final` of a study at a time; yields the score if it is known by now.
-
-    Another call may have taken it meanwhile, or an interrupted one may have left it in its unfinished
-    folder, which is then finished. Raises UsageError as `plan_finals` does, if another configuration
-    was scored meanwhile; StorageError while another `final` of the study runs.
-    """
+def final_lock(plan: FinalPlan) -> Iterator[None]:
+    """One `final` of a study at a time. Raises StorageError while another one runs."""
     what = f"final training of study '{plan.study}'"
     with study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what):
-        left = read_score(plan.unfinished, plan.study, plan.record)
-        if left is not None:
-            ledger.record(plan.place.storage, left)
-            finish(plan)
-        rows = ledger.scores(plan.place.storage, plan.study)
-        stored = stored_score(rows, plan.recipe)
-        if stored is None:
-            family = ledger.family_scores(plan.place.storage, plan.study)
-            check_again(plan.study, family, plan.record.number, plan.recipe.configuration, plan.again)
-        yield stored
+        yield
+
+
+def taken_meanwhile(plan: FinalPlan) -> FinalResult | None:
+    """The score if it is known by now; `final_lock` must be held.
+
+    Another call may have taken it, or an interrupted one may have left it in its unfinished folder, which
+    is then finished. Raises UsageError as `plan_finals` does, if another configuration was scored meanwhile.
+    """
+    left = read_score(plan.unfinished, plan.study, plan.record)
+    if left is not None:
+        ledger.record(plan.place.storage, left)
+        finish(plan)
+    rows = ledger.scores(plan.place.storage, plan.study)
+    stored = stored_score(rows, plan.recipe)
+    if stored is None:
+        family = ledger.family_scores(plan.place.storage, plan.study)
+        check_again(plan.study, family, plan.record.number, plan.recipe.configuration, plan.again)
+    return stored
 
 
 def is_settled(plan: FinalPlan) -> bool:
@@ -64,79 +64,58 @@ def is_settled(plan: FinalPlan) -> bool:
     return plan.stored is not None and not (plan.unfinished / "metrics.json").is_file()
 
 
-def retrain(
-    plan: FinalPlan, *, device: str, skip_unreadable: bool = False, allow_leak: bool = False,
+@dataclass(frozen=True)
+class FinalData:
+    """What is trained on, and what is scored: None where only weights are wanted. `leaks`: in both."""
+
+    search: SearchData
+    test: TestData | None
+    leaks: Sequence[Group] = ()
+
+
+def load_data(
+    plan: FinalPlan, *, scoring: bool, skip_unreadable: bool = False, allow_leak: bool = False,
     progress: Progress | None = None, say: Say = silent,
-) -> Iterator[EpochResult]:  # fmt: skip
-    """Trains the recipe in a worker, keeping the best epoch's weights in the folder being made.
+) -> FinalData:  # fmt: skip
+    """Decodes everything now, so that a test image's fault is found before a training and not after it.
 
-    "train" keeps the best validation epoch; "train+val" the last one. One that was interrupted goes on
-    from its checkpoint; its earlier epochs are yielded again. Raises CaltechHpoError when it fails, and
-    DataError before it begins if test images are among the training or validation images, unless
-    `allow_leak` says that they may be.
+    Raises DataError if test images are among the training or validation images, unless `allow_leak` says
+    that they may be.
     """
-    if plan.stored is not None:  # only its weights are wanted
-        assert plan.index is not None, "weights that are gone need the data"
-        data = load_search_data(
-            plan.index,
-            plan.recipe.resize,
-            plan.place.cache,
-            skip_unreadable=skip_unreadable,
-            progress=progress,
-        )
-    else:
-        # Decoded now, so that a test image's fault is found before the training and not after it.
-        test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
-        refuse_leaks(plan.study, _leaks(plan, test, data), say, allowed=allow_leak)
-    checkpoint = _checkpoint(plan)
-    if checkpoint.exists() or previous(checkpoint).exists():
-        say("goes on from its checkpoint; the epochs before it are shown again")
-    else:
-        shutil.rmtree(plan.unfinished, ignore_errors=True)
-    keep, deaths, told = plan.unfinished / WEIGHTS, 0, 0
-    with open_executor(plan.recipe, data, device=device, features=plan.place.features) as executor:
-        executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint))
-        while not isinstance(event := executor.next_event(), Finished):
-            if isinstance(event, EpochDone):
-                told += 1
-                yield event.result
-                executor.answer(event.job, True)
-            elif isinstance(event, (Died, Paused)) and (deaths := deaths + 1) < MOST_DEATHS:
-                executor.submit(Job(plan.record.number, plan.recipe, keep, checkpoint, known=told))
-            elif isinstance(event, (Failed, Died, Paused)):
-                raise training_failure(event)
-            elif isinstance(event, Working) and progress:
-                progress(event.what, event.done, event.total)
-    if not keep.exists():
-        raise StorageError(f"{plan.unfinished}: no room for the weights", "make room, then run it again")
+    assert plan.index is not None, "a recipe without its score, or its weights, needs the data"
+    place = (plan.index, plan.recipe.resize, plan.place.cache)
+    test = load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress) if scoring else None
+    search = load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress)
+    if test is None:
+        return FinalData(search, None)
+    leaks = _leaks(plan.index, test, search)
+    refuse_leaks(plan.study, leaks, say, allowed=allow_leak)
+    return FinalData(search, test, leaks)
 
 
-def _checkpoint(plan: FinalPlan) -> Path:
+def checkpoint_of(plan: FinalPlan) -> Path:
     """Kept until there is a score: whatever ends the scoring, the training is not repeated."""
     return plan.unfinished / "training.checkpoint"
 
 
-def score(
-    plan: FinalPlan, epochs: list[EpochResult], *, device: str, skip_unreadable: bool = False,
-    progress: Progress | None = None,
-) -> FinalResult:  # fmt: skip
+def score(plan: FinalPlan, epochs: Sequence[EpochResult], data: FinalData, *, device: str) -> FinalResult:
     """Scores the kept weights on the test split; records the score before anything else is done with it.
 
     `final_lock` must be held. Whatever ends the call after the scoring, the score is in the ledger or
     in the folder, from where the next call takes it.
     """
-    test, data = _load_all(plan, skip_unreadable=skip_unreadable, progress=progress)
+    test = data.test
+    assert test is not None, "the data was loaded to be scored"
     evaluation = _evaluate(plan, test, device)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
-    leaks = _leaks(plan, test, data)
-    result = _result(plan, epochs, matrix, evaluation.top1_flip, count_leaked(leaks))
+    result = _result(plan, epochs, matrix, evaluation.top1_flip, count_leaked(data.leaks))
     row = _score_row(plan, result, test)
     document = {
         "result": row.result.model_dump(mode="json"),
         "score": row.model_dump(mode="json", exclude={"id", "result"}),
         "test_loss": evaluation.loss,
         "confusion_matrix": matrix.tolist(),
-        "leaks": [group.names for group in leaks],
+        "leaks": [group.names for group in data.leaks],
         "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
     }
     write_json(plan.unfinished / "metrics.json", document)
@@ -154,7 +133,7 @@ def restore(plan: FinalPlan, epochs: Sequence[EpochResult]) -> None:
     folder = plan.unfinished
     write_json(folder / "model.json", _trained(plan, plan.index.classes).description)
     draw_training_curves(epochs, f"{plan.study}, trial {plan.record.number}", folder / "curves.png")
-    remove_checkpoint(_checkpoint(plan))
+    remove_checkpoint(checkpoint_of(plan))
     publish(folder, plan.folder)
 
 
@@ -167,7 +146,7 @@ def _trained(plan: FinalPlan, classes: tuple[str, ...]) -> TrainedModel:
 def finish(plan: FinalPlan) -> None:
     """Draws what the unfinished folder's metrics tell and moves the folder to its name."""
     folder = plan.unfinished
-    remove_checkpoint(_checkpoint(plan))
+    remove_checkpoint(checkpoint_of(plan))
     document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     classes = json.loads((folder / "model.json").read_text(encoding="utf-8"))["classes"]
     epochs = [EpochResult.model_validate(epoch) for epoch in document["epochs"]]
@@ -224,20 +203,7 @@ def _score_row(plan: FinalPlan, result: FinalResult, test: TestData) -> ScoreRow
     )
 
 
-def _load_all(
-    plan: FinalPlan, *, skip_unreadable: bool, progress: Progress | None
-) -> tuple[TestData, SearchData]:
-    assert plan.index is not None, "the recipe has its score"
-    place = (plan.index, plan.recipe.resize, plan.place.cache)
-    return (
-        load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress),
-        load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress),
-    )
-
-
-def _leaks(plan: FinalPlan, test: TestData, data: SearchData) -> list[Group]:
-    index = plan.index
-    assert index is not None
+def _leaks(index: DatasetIndex, test: TestData, data: SearchData) -> list[Group]:
     return find_leaks(
         {
             "training": named_images(index.training, data.training_cache),

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed, open_confirm, run_confirm
 from caltech_hpo.results.confirm_events import ConfirmEvent
-from caltech_hpo.results.final import final_lock, is_settled, retrain, score
-from caltech_hpo.results.plan import FinalPlan, plan_finals
+from caltech_hpo.results.ledger import FinalResult
+from caltech_hpo.results.plan import plan_finals
 from caltech_hpo.results.predict import Prediction, find_model, image_files
 from caltech_hpo.results.predict import predict as predicted
 from caltech_hpo.results.ranking import Confirmation
+from caltech_hpo.results.retraining import RetrainingEpoch, Scored, run_finals
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
 from caltech_hpo.search.request import Place, Say, SearchRequest, silent
 from caltech_hpo.search.run import open_search
@@ -101,36 +101,27 @@ def confirm(
 def final(
     study: StudySpec | str, *, fit_on: FitOn = "train", seeds: int = 1, trial: int | None = None,
     again: str | None = None, allow_leak: bool = False, data: FolderLike | None = None,
-    home: FolderLike = HOME, storage: str | None = None, device: str = "auto", skip_unreadable: bool = False,
-    on_epoch: Callable[[EpochResult], None] | None = None, say: Say = silent,
-) -> list[ledger.FinalResult]:  # fmt: skip
+    home: FolderLike = HOME, storage: str | None = None, workers: int = 1, device: str = "auto",
+    skip_unreadable: bool = False, on_epoch: Callable[[EpochResult], None] | None = None, say: Say = silent,
+) -> list[FinalResult]:  # fmt: skip
     """Retrains the winner and scores the test set, once for each seed; what was scored before is read.
 
-    One result for each seed. Raises CaltechHpoError, also where another configuration was scored before
-    and `again` gives no reason.
+    One result for each seed; `workers` of them train at once. Raises CaltechHpoError, also where another
+    configuration was scored before and `again` gives no reason.
     """
     place = _place(home, storage, data)
     plans = plan_finals(_name(study), place, fit_on=fit_on, seeds=seeds, trial=trial, again=again, say=say)
-    return [_scored(plan, device, skip_unreadable, allow_leak, on_epoch, say) for plan in plans]
-
-
-def _scored(
-    plan: FinalPlan, device: str, skip_unreadable: bool, allow_leak: bool,
-    on_epoch: Callable[[EpochResult], None] | None, say: Say,
-) -> ledger.FinalResult:  # fmt: skip
-    if plan.stored is not None and is_settled(plan):
-        return plan.stored
-    with final_lock(plan) as taken:
-        if taken is not None:
-            return taken
-        epochs = []
-        for result in retrain(
-            plan, device=device, skip_unreadable=skip_unreadable, allow_leak=allow_leak, say=say
-        ):
-            epochs.append(result)
-            if on_epoch:
-                on_epoch(result)
-        return score(plan, epochs, device=device, skip_unreadable=skip_unreadable)
+    events = run_finals(
+        plans, device=device, workers=workers, skip_unreadable=skip_unreadable, allow_leak=allow_leak, say=say
+    )
+    results = {}
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Scored):
+                results[event.result.seed] = event.result
+            elif isinstance(event, RetrainingEpoch) and on_epoch:
+                on_epoch(event.result)
+    return [results[plan.recipe.seed] for plan in plans]
 
 
 def predict(

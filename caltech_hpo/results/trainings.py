@@ -1,20 +1,35 @@
-"""What `final` and `confirm` share: the data that was searched on, and how a training fails."""
+"""What `final` and `confirm` share: the data that was searched on, trainings side by side, how one fails."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.errors import CaltechHpoError, DataError
 from caltech_hpo.search.changes import DATA_ATTR, study_spec
-from caltech_hpo.search.messages import Died, Failed, Paused, WorkerBugError
+from caltech_hpo.search.messages import (
+    Died,
+    EpochDone,
+    Failed,
+    Finished,
+    Job,
+    Paused,
+    WorkerBugError,
+    Working,
+)
 from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data
-from caltech_hpo.spec import Recipe
+from caltech_hpo.search.running import MOST_DEATHS
+from caltech_hpo.spec import EpochResult, Recipe
+from caltech_hpo.training.checkpoint_files import previous
 
 if TYPE_CHECKING:
     import optuna
+
+    from caltech_hpo.search.executors import Executor
 
 
 SEEDS = 2**32  # how many there are: after the last one comes 0
@@ -38,6 +53,72 @@ def searched_data(
             "give the same folder as for the search: --data DIR",
         )
     return index
+
+
+@dataclass(frozen=True)
+class Began:
+    """A worker has a job; `resumed`: it goes on from a checkpoint, the epochs before it come again."""
+
+    job: int
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A job is done; all of its epochs."""
+
+    job: int
+    results: tuple[EpochResult, ...]
+
+
+@dataclass
+class _Running:
+    job: Job
+    results: list[EpochResult] = field(default_factory=list)
+    deaths: int = 0
+
+
+def always(_: Sequence[EpochResult]) -> bool:
+    """Every epoch is followed by the next."""
+    return True
+
+
+def train_each(
+    jobs: Sequence[Job], executor: Executor, *, go_on: Callable[[Sequence[EpochResult]], bool] = always,
+    progress: Progress | None = None,
+) -> Generator[Began | EpochDone | Trained, None, None]:  # fmt: skip
+    """Runs the jobs in their order on all workers; `go_on` is asked after each epoch of one.
+
+    One whose worker died goes on from its checkpoint. Raises what `training_failure` makes of one that
+    fails; the others then stop where they are, with a checkpoint.
+    """
+    waiting, running = list(jobs), dict[int, _Running]()
+    while waiting or running:
+        while waiting and executor.free:
+            job = waiting.pop(0)
+            running[job.number] = _Running(job)
+            resumed = job.checkpoint is not None and (
+                job.checkpoint.exists() or previous(job.checkpoint).exists()
+            )
+            yield Began(job.number, resumed)
+            executor.submit(job)
+        event = executor.next_event()
+        one = running[event.job]
+        if isinstance(event, EpochDone):
+            one.results.append(event.result)
+            executor.answer(event.job, go_on(one.results))
+            yield event
+        elif isinstance(event, Working):
+            if progress:
+                progress(event.what, event.done, event.total)
+        elif isinstance(event, Finished):
+            del running[event.job]
+            yield Trained(event.job, tuple(one.results))
+        elif isinstance(event, (Died, Paused)) and one.deaths + 1 < MOST_DEATHS:
+            one.deaths += 1
+            executor.submit(replace(one.job, known=len(one.results)))
+        elif isinstance(event, (Failed, Died, Paused)):
+            raise training_failure(event)
 
 
 def training_failure(event: Failed | Died | Paused) -> Exception:

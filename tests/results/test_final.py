@@ -12,13 +12,20 @@ from PIL import Image
 from scipy import stats
 
 from caltech_hpo.data.dataset import scan
-from caltech_hpo.errors import CaltechHpoError, DataError, UsageError
-from caltech_hpo.results import final, ledger
-from caltech_hpo.results.final import final_lock, is_settled, retrain, score
+from caltech_hpo.errors import CaltechHpoError, DataError, StorageError, UsageError
+from caltech_hpo.results import final, ledger, retraining
+from caltech_hpo.results.final import final_lock, is_settled
 from caltech_hpo.results.overview import make_overview
 from caltech_hpo.results.plan import plan_finals
 from caltech_hpo.results.predict import find_model
 from caltech_hpo.results.report import make_report
+from caltech_hpo.results.retraining import (
+    RetrainingEpoch,
+    RetrainingStarted,
+    Scored,
+    ScoringStarted,
+    run_finals,
+)
 from caltech_hpo.results.scores import mean_accuracy, mean_interval
 from caltech_hpo.results.seeds import over_seeds
 from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
@@ -62,19 +69,18 @@ def place(tmp_path, monkeypatch):
         def __exit__(self, *error):
             self.close()
 
-    def inline(recipe, data, *, device, features):
+    def inline(recipe, data, *, device, workers, features):
         return Inline(WorkerConfig(data, device, 1, recipe, features))
 
-    monkeypatch.setattr(final, "open_executor", inline)
+    monkeypatch.setattr(retraining, "open_executor", inline)
     return made
 
 
-def take(plan):
+def take(plan, how=None, **options):
     """What the command does for one plan."""
-    if is_settled(plan):
-        return plan.stored
-    with final_lock(plan) as taken:
-        return taken or score(plan, list(retrain(plan, device="cpu")), device="cpu")
+    *_, last = run_finals([plan], device="cpu", **options)
+    assert isinstance(last, Scored) and last.plan.recipe == plan.recipe and how in (None, last.how)
+    return last.result
 
 
 def test_a_score_is_taken_once_and_kept_with_what_it_belongs_to(place):
@@ -110,9 +116,9 @@ def leaky(place):
 def test_a_test_image_that_was_trained_on_is_refused_before_the_training(leaky, monkeypatch):
     place, names = leaky
     (plan,) = plan_finals("demo@2", place)
-    monkeypatch.setattr(final, "open_executor", None)  # nothing is trained
-    with final_lock(plan), pytest.raises(DataError) as refused:
-        next(retrain(plan, device="cpu"))
+    monkeypatch.setattr(retraining, "open_executor", None)  # nothing is trained
+    with pytest.raises(DataError) as refused:
+        take(plan)
     message = str(refused.value)
     assert "study 'demo@2': 1 test image(s) are" in message and " = ".join(names) in message
     assert "remove one of each" in message and "--allow-leak" in message
@@ -123,9 +129,7 @@ def test_a_leak_that_is_allowed_is_told_and_noted(leaky):
     place, names = leaky
     (plan,) = plan_finals("demo@2", place)
     told = []
-    with final_lock(plan):
-        epochs = list(retrain(plan, device="cpu", allow_leak=True, say=told.append))
-        result = score(plan, epochs, device="cpu")
+    result = take(plan, allow_leak=True, say=told.append)
     assert len(told) == 1 and "1 test image(s) are" in told[0] and " = ".join(names) in told[0]
     metrics = json.loads((plan.folder / "metrics.json").read_text())
     assert metrics["leaks"] == [names] and (result.test_images, result.leaks) == (12, 1)
@@ -188,13 +192,15 @@ def test_lost_weights_are_trained_again_and_nothing_is_scored(place, monkeypatch
     shutil.rmtree(plan.folder)
     with pytest.raises(UsageError, match="final --study demo --retrain"):
         find_model("demo", place)
-    assert plan_finals("demo", place)[0].index is None
+    (without,) = plan_finals("demo", place)
+    assert without.index is None and take(without, "lost") == scored
     (again,) = plan_finals("demo", place, retrain=True)
     with monkeypatch.context() as patched:
         patched.setattr(final, "load_test_data", None)  # not looked at
-        with final_lock(again) as taken:
-            assert taken == scored
-            final.restore(again, list(retrain(again, device="cpu")))
+        assert take(again, "restored", retrain=True) == scored
+    assert take(again, "before", retrain=True) == scored
+    shutil.rmtree(plan.folder)
+    assert take(plan, "restored", retrain=True) == scored  # of before the score
     assert (plan.folder / "model.safetensors").read_bytes() == weights
     assert {path.name for path in plan.folder.iterdir()} == {"model.safetensors", "model.json", "curves.png"}
     assert len(ledger.scores(place.storage, "demo")) == 1 and take(again) == scored
@@ -203,9 +209,12 @@ def test_lost_weights_are_trained_again_and_nothing_is_scored(place, monkeypatch
 
 def test_two_calls_cannot_both_be_the_first(place):
     one, other = plan_finals("demo", place)[0], plan_finals("demo", place, trial=1)[0]
-    take(one)
-    with pytest.raises(UsageError, match="was used before"), final_lock(other):
-        pass
+    first = take(one)
+    with pytest.raises(UsageError, match="was used before"):
+        take(other)
+    assert take(one, "meanwhile") == first
+    with final_lock(one), pytest.raises(StorageError, match="another final training of study 'demo'"):
+        take(one)
 
 
 def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
@@ -215,8 +224,13 @@ def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
     assert [plan.recipe.seed for plan in plans] == [0, 1]
     assert [plan.stored for plan in plans] == [first, None]
     assert plans[0].folder != plans[1].folder
-    results = [take(plan) for plan in plans]
+    events = list(run_finals(plans, device="cpu", workers=2))
+    results = [event.result for event in events if isinstance(event, Scored)]
     assert results[0] == first and results[1].seed == 1
+    assert [(type(e), e.plan.recipe.seed) for e in events] == [
+        (Scored, 0), (RetrainingStarted, 1), (RetrainingEpoch, 1), (RetrainingEpoch, 1), (ScoringStarted, 1),
+        (Scored, 1),
+    ]  # fmt: skip
     assert [row.seed for row in ledger.scores(place.storage)] == [0, 1]
     made = over_seeds(results)
     assert made.test_accuracy == pytest.approx(sum(r.test_accuracy for r in results) / 2)

@@ -1,0 +1,83 @@
+"""The progress of trainings side by side: those of `confirm` and of `final`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from caltech_hpo.cli.display import duration, percent
+
+if TYPE_CHECKING:
+    from caltech_hpo.spec import EpochResult, Recipe
+
+
+def training_name(trial: int, recipe: Recipe) -> str:
+    """ "trial 3 seed 0"."""
+    return f"trial {trial} seed {recipe.seed}"
+
+
+class TrainingsView:
+    """A bar for each running training on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, console: Console, names: Sequence[str], epochs: int, workers: int) -> None:
+        """`names` are all trainings to come, `epochs` those of all of them together."""
+        self._console, self._workers = console, workers
+        self._places = {name: number for number, name in enumerate(names, start=1)}
+        self._epochs_left = epochs
+        self._seconds: list[float] = []
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Keeps the bars on the screen."""
+        if not self._console.is_terminal or not self._places:
+            yield
+            return
+        with self._bars:
+            yield
+
+    def started(self, name: str, epochs: int, *, resumed: bool) -> None:
+        """A training begins, or goes on."""
+        if self._console.is_terminal:
+            self._tasks[name] = self._bars.add_task(name, total=epochs)
+        how = "goes on from its checkpoint; the epochs before it are shown again" if resumed else "starts"
+        self.line(f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)")
+
+    def epoch(self, name: str, result: EpochResult, epochs: int) -> None:
+        """One of a training's `epochs` is over."""
+        self._seconds.append(result.seconds)
+        self._epochs_left -= 1
+        text = f"loss {result.training_loss:.4f}"
+        if result.validation_top1 is not None:
+            text += f", validation {percent(result.validation_top1)}"
+        left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
+        self.line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
+        if name in self._tasks:
+            self._bars.update(self._tasks[name], completed=result.epoch, description=f"{name}: {text}; epoch")
+
+    def ended(self, name: str, text: str, *, epochs_left: int = 0) -> None:
+        """A training has ended, so many epochs before its last."""
+        self._epochs_left -= epochs_left
+        self.line(f"{name} {text}")
+
+    def line(self, text: str) -> None:
+        """A line where there are no bars."""
+        if not self._console.is_terminal:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
