@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 
 from caltech_hpo.cli.dashboard_commands import AllowHost, Host, Port, Writable, open_dashboard
 from caltech_hpo.cli.display import percent
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from caltech_hpo.results.work_queue import Submission
 
 REFRESH = 2.0  # seconds
+NO_SERVE = "nothing works on the queue now: 'caltech-hpo serve' does"
 NO_FILES = ("none", "imagenet")  # of --weights
 Number = Annotated[int, typer.Argument(min=1, help="The submission's number; 'caltech-hpo status' shows it.")]
 
@@ -78,6 +80,7 @@ def submit(
     """
     from caltech_hpo.results.work_queue import Options
     from caltech_hpo.results.work_queue import submit as submitted
+    from caltech_hpo.search.locks import SERVE, holder_of
     from caltech_hpo.search.request import SearchRequest, resolve_spec
 
     if weights is not None and weights not in NO_FILES:
@@ -87,7 +90,10 @@ def submit(
         data=None if data is None else str(data.absolute()), weights=weights, seed=seed,
         enqueue=tuple(enqueue or ()), baselines=not no_baselines, skip_unreadable=skip_unreadable,
     )  # fmt: skip
-    made = submitted(place_of(home, storage).storage, study, trials, options)
+    place = place_of(home, storage)
+    made = submitted(place.storage, study, trials, options)
+    if holder_of(place.storage, place.home, SERVE) is None:
+        say(NO_SERVE)
     answer(
         made.model_dump(mode="json"), as_json,
         f"submission {made.id}: study {study}, {trials} trials; 'serve' runs it, 'status' shows it",
@@ -112,9 +118,7 @@ def status(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Show the queue, the studies, and the trials that have begun and not ended.
-
-    Those of a search that was killed or cancelled stand there too: they wait for its next call.
+    """Show the queue, the studies, who works on them, and the trials that have begun and not ended.
 
     Example: caltech-hpo status --watch
     """
@@ -142,7 +146,7 @@ def _status(made: Status) -> RenderableType:
         left=("study", "state", "by", "note"),
     )
     studies = table_of(
-        ["study", "finished", "failed", "best validation", "running"],
+        ["study", "finished", "failed", "best validation", "trials begun", "searched by"],
         [
             [
                 one.study, str(one.finished), str(one.failed),
@@ -151,14 +155,19 @@ def _status(made: Status) -> RenderableType:
                     f"trial {run.number}: epoch {run.epoch}/{run.epochs}, {percent(run.validation)}"
                     for run in one.running
                 ),
+                one.searched_by or ("nobody: waiting" if one.running else "-"),
             ]
             for one in made.studies
         ],
-        left=("study", "running"),
+        left=("study", "trials begun", "searched by"),
     )  # fmt: skip
     parts: list[RenderableType] = [
         queue if made.queue else "the queue is empty: 'caltech-hpo submit' fills it"
     ]
+    if made.served_by:
+        parts.append(escape(f"serve: {made.served_by}"))
+    elif any(not one.ended for one in made.queue):
+        parts.append(NO_SERVE)
     return Group(*parts, *([studies] if made.studies else []))
 
 

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from caltech_hpo.results.work_queue import Submission, submissions
 from caltech_hpo.search.changes import SPEC_ATTR
+from caltech_hpo.search.locks import SERVE, holder_of
 from caltech_hpo.search.records import TrialRecord, trial_record
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_existing, study_names
@@ -25,7 +26,10 @@ class RunningTrial(Frozen):
 
 
 class StudyStatus(Frozen):
-    """A study's trials by state, and the best complete one's accuracy, 0 to 1."""
+    """A study's trials by state, and the best complete one's accuracy, 0 to 1.
+
+    `searched_by` is the process that searches it: without one, `running` trials wait for the next search.
+    """
 
     study: str
     finished: int
@@ -33,11 +37,13 @@ class StudyStatus(Frozen):
     best_trial: int | None
     best: float | None
     running: tuple[RunningTrial, ...]
+    searched_by: str | None
 
 
 class Status(Frozen):
-    """Everything at one moment. `running` trials are a live search's, or wait for the next one."""
+    """Everything at one moment; `served_by` is the process that works on the queue."""
 
+    served_by: str | None
     queue: tuple[Submission, ...]
     studies: tuple[StudyStatus, ...]
 
@@ -49,11 +55,14 @@ def read_status(place: Place, *, ended: int = 5) -> Status:
     shown = tuple(one for one in everything if not one.ended or one in over[len(over) - ended :])
     storage = open_existing(place.storage)
     names = study_names(storage)
-    studies = [_status(storage, name) for name in names] if storage is not None else []
-    return Status(queue=shown, studies=tuple(study for study in studies if study is not None))
+    studies = [_status(storage, name, place) for name in names] if storage is not None else []
+    served_by = holder_of(place.storage, place.home, SERVE) if storage is not None else None
+    return Status(
+        served_by=served_by, queue=shown, studies=tuple(study for study in studies if study is not None)
+    )
 
 
-def _status(storage: RDBStorage, name: str) -> StudyStatus | None:
+def _status(storage: RDBStorage, name: str, place: Place) -> StudyStatus | None:
     """Counted by the database, so that a long study can be watched; None for other programs' studies."""
     study_id = storage.get_study_id_from_name(name)
     if SPEC_ATTR not in storage.get_study_user_attrs(study_id):
@@ -69,6 +78,7 @@ def _status(storage: RDBStorage, name: str) -> StudyStatus | None:
         best_trial=best.number if best else None,
         best=best.value if best else None,
         running=tuple(_running(trial_record(trial)) for trial in running),
+        searched_by=holder_of(place.storage, place.home, name),
     )
 
 

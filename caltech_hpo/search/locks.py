@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from caltech_hpo.errors import StorageError
 from caltech_hpo.search.urls import parse_url, sqlite_path
@@ -70,6 +71,33 @@ def all_locks(url: str, home: Path, name: str) -> Iterator[None]:
         yield
 
 
+def holder_of(url: str, home: Path, name: str) -> str | None:
+    """Who holds the lock `name` in the study database, in words; None if nobody does. Nothing is written.
+
+    Of a lock file it is read; who wrote themselves into it and were killed since do not count, as far as
+    this machine can tell.
+    """
+    if parse_url(url).get_backend_name() == "postgresql":
+        from caltech_hpo.search.postgres_lock import holder_there
+
+        return holder_there(url, name)
+    who = _written(lock_path(url, home, name))
+    return None if who is None or not _lives(who) else _in_words(who)
+
+
+def _lives(who: dict[str, Any]) -> bool:
+    """Whether it is no process of this machine, or one that was there when it took its lock."""
+    import psutil
+
+    if who["host"] != socket.gethostname():
+        return True
+    try:
+        born = float(psutil.Process(who["process"]).create_time())
+    except psutil.Error:
+        return False
+    return born <= datetime.fromisoformat(who["since"]).timestamp() + 1
+
+
 @contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
     """Holds a lock file. Raises StorageError, saying which other `what` runs, if a process holds it."""
@@ -103,14 +131,23 @@ def _ourselves() -> dict[str, str | int]:
 def _holder(path: Path) -> str:
     """Who wrote themselves into a lock file, if it can be read; who has just taken it is about to."""
     until = time.monotonic() + NAMED_WITHIN
-    while True:
-        try:
-            who = json.loads(path.read_text(encoding="utf-8"))
-            return f": process {who['process']} on {who['host']}, since {who['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            if time.monotonic() > until:
-                return ""
-            time.sleep(0.02)
+    while (who := _written(path)) is None and time.monotonic() < until:
+        time.sleep(0.02)
+    return "" if who is None else f": {_in_words(who)}"
+
+
+def _written(path: Path) -> dict[str, Any] | None:
+    """What the latest holder of a lock file wrote into it."""
+    try:
+        who: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        int(who["process"]), who["host"], datetime.fromisoformat(who["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return who
+
+
+def _in_words(who: dict[str, Any]) -> str:
+    return f"process {who['process']} on {who['host']}, since {who['since']}"
 
 
 def lock_number(name: str) -> int:

@@ -105,10 +105,11 @@ class AdvisoryLock:
             name = f"caltech-hpo: process {os.getpid()} on {socket.gethostname()}"[:63]
             connection.execute(text("SELECT set_config('application_name', :name, false)"), {"name": name})
             taken = connection.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": self._number})
-            holder = "" if taken else self._holder(connection)
+            holder = None if taken else _holder(connection, self._number)
         if not taken:
             connection.close()
-            raise StorageError(f"another {self._what} is running{holder}", FIX)
+            who = f": {holder}" if holder else ""  # none: it ended while we asked
+            raise StorageError(f"another {self._what} is running{who}", FIX)
         return connection
 
     @contextlib.contextmanager
@@ -122,10 +123,18 @@ class AdvisoryLock:
                 "check that it runs, then run the command again: it goes on from here",
             ) from error
 
-    def _holder(self, connection: Connection) -> str:
-        unsigned = self._number % 2**64
-        row = connection.execute(HOLDER, {"high": unsigned >> 32, "low": unsigned % 2**32}).first()
-        if row is None:  # it ended while we asked
-            return ""
-        name, address, since = row
-        return f": {name.removeprefix('caltech-hpo: ')}, {address or 'a local socket'}, since {since}"
+
+def holder_there(url: str, name: str) -> str | None:
+    """As `holder_of`, on the server. Raises SQLAlchemyError where it does not answer."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        return _holder(connection, lock_number(name))
+
+
+def _holder(connection: Connection, number: int) -> str | None:
+    unsigned = number % 2**64
+    row = connection.execute(HOLDER, {"high": unsigned >> 32, "low": unsigned % 2**32}).first()
+    if row is None:
+        return None
+    name, address, since = row
+    return f"{name.removeprefix('caltech-hpo: ')}, {address or 'a local socket'}, since {since}"

@@ -158,8 +158,11 @@ def test_what_search_would_refuse_is_not_submitted(tmp_path, monkeypatch):
 def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
     images = write_folders(tmp_path / "images", images=12)
 
+    def told():
+        return answer("status", cwd=tmp_path, run=here)
+
     def states():
-        return [one["state"] for one in answer("status", cwd=tmp_path, run=here)["queue"]]
+        return [one["state"] for one in told()["queue"]]
 
     values = "learning_rate=0.01,epochs=20,batch_size=32,augmentation=center_crop"
     options = ["--data", str(images), "--no-baselines", "--enqueue", values]
@@ -175,15 +178,22 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
             assert reply.status == 200
         refused = here("serve", "--port", "0", cwd=tmp_path)
         assert refused.returncode == 4 and "another serve" in refused.stderr
+        assert f"process {first.pid} on " in told()["served_by"]
         log = tmp_path / "storage" / "logs" / "submission-1.log"
         while not (log.exists() and " epoch 2/20" in log.read_text()):
             assert first.poll() is None
             time.sleep(0.1)
+        (study,) = told()["studies"]
+        assert study["searched_by"].startswith("process ") and len(study["running"]) == 1
         first.kill()
     while "paused; the same command" not in log.read_text():  # its search notices
         time.sleep(0.1)
     assert states() == ["running"]
-    answer("submit", "--study", "demo@2", "--trials", "1", *options, cwd=tmp_path, run=here)
+    shown = " ".join(here("status", cwd=tmp_path).stdout.split())
+    assert "nothing works on the queue now" in shown and "nobody: waiting" in shown
+    assert told()["served_by"] is None and told()["studies"][0]["searched_by"] is None
+    submitted = here("submit", "--study", "demo@2", "--trials", "1", *options, cwd=tmp_path)
+    assert submitted.returncode == 0 and "'caltech-hpo serve' does" in submitted.stderr
     with serving() as second:
         assert next(line for line in second.stderr if "submission 1: done" in line)
         assert log.read_text().count(" goes on: ") == 1  # the same trial
@@ -195,5 +205,5 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
         assert "paused; goes on" in second.stderr.read()
         assert second.wait(timeout=40) == 143
     assert states() == ["done", "running"]
-    found = {one["study"]: one["finished"] for one in answer("status", cwd=tmp_path, run=here)["studies"]}
+    found = {one["study"]: one["finished"] for one in told()["studies"]}
     assert found == {"demo": 1, "demo@2": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange
 from caltech_hpo.search import storage
 from caltech_hpo.search.changes import check_unchanged
-from caltech_hpo.search.locks import held, lock_path
+from caltech_hpo.search.locks import held, holder_of, lock_path, study_lock
 from caltech_hpo.search.maintenance import backup, examine
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
@@ -105,13 +106,34 @@ def test_urls_without_a_password_are_not(good):
     refuse_password(good)
 
 
+def test_who_holds_a_lock_can_be_asked(url, tmp_path):
+    def asked():
+        return holder_of(url, tmp_path, "demo")
+
+    path = lock_path(url, tmp_path, "demo")
+    assert asked() is None and not path.parent.exists()  # asking makes no file
+    with study_lock(url, tmp_path, "demo", "search"):
+        assert asked().startswith(f"process {os.getpid()} on ")
+        written = json.loads(path.read_text())
+    assert asked() is None
+    for change, held_by in (
+        ({}, f"process {os.getpid()} on"),
+        ({"process": 2**22 + 1}, None),  # killed: its number is nobody's
+        ({"since": "2001-01-01T00:00:00+00:00"}, None),  # or another's by now
+        ({"host": "elsewhere"}, f"process {os.getpid()} on elsewhere, since"),  # who knows
+        ({"since": None}, None),
+    ):
+        path.write_text(json.dumps(written | change))
+        found = asked()
+        assert found is None if held_by is None else found.startswith(held_by)
+
+
 def test_who_has_just_taken_a_lock_is_named_once_they_have_written_who_they_are(tmp_path):
     path = tmp_path / "a.lock"
     with FileLock(path), ThreadPoolExecutor() as other:
-        late = other.submit(
-            lambda: (time.sleep(0.2), path.write_text('{"process": 7, "host": "h", "since": "s"}'))
-        )
-        with pytest.raises(StorageError, match="process 7 on h, since s"), held(path, "search"):
+        name = json.dumps({"process": 7, "host": "h", "since": "2026-01-01"})
+        late = other.submit(lambda: (time.sleep(0.2), path.write_text(name)))
+        with pytest.raises(StorageError, match="process 7 on h, since 2026"), held(path, "search"):
             pass
         late.result()
     with held(path, "search"):
