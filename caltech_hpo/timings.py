@@ -35,8 +35,12 @@ class Kind(Frozen):
         )  # fmt: skip
 
     def is_like(self, other: Kind) -> bool:
-        """Whether an epoch of one says what an epoch of the other takes: nothing but the batches differ."""
-        return self.distance(other) < 1 and self.copies == other.copies
+        """Whether an epoch of one says what an epoch of the other takes.
+
+        Nothing but the batch size may differ, at most four times.
+        """
+        same = self.model_copy(update={"batch_size": other.batch_size}) == other
+        return same and 1 / 4 <= self.batch_size / other.batch_size <= 4
 
 
 class StepTime(Frozen):

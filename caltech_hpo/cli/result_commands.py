@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,9 +32,16 @@ from caltech_hpo.cli.tables import report_table
 from caltech_hpo.cli.trainings_view import TrainingsView, training_name
 
 if TYPE_CHECKING:
+    from caltech_hpo.cli.display import ProgressBars
     from caltech_hpo.results.ledger import FinalResult
     from caltech_hpo.results.plan import FinalPlan
-    from caltech_hpo.results.retraining import FinalEvent
+    from caltech_hpo.results.retraining import (
+        FinalEvent,
+        RetrainingEpoch,
+        RetrainingStarted,
+        Scored,
+        ScoringStarted,
+    )
 
 
 class FitOnChoice(StrEnum):
@@ -92,7 +100,7 @@ def final(
     Example: caltech-hpo final --study alexnet-scratch
     """
     from caltech_hpo.results.plan import plan_finals
-    from caltech_hpo.results.retraining import Scored, run_finals
+    from caltech_hpo.results.retraining import run_finals
 
     place = place_of(home, storage, data)
     with goes_on(), progress_bars() as bars:
@@ -101,22 +109,13 @@ def final(
             progress=bars, say=say,
         )  # fmt: skip
         say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
-        pending = plans if retrain else [plan for plan in plans if plan.stored is None]
-        names = [training_name(plan.record.number, plan.recipe) for plan in pending]
-        total = sum(plan.recipe.epochs for plan in pending)
-        view = TrainingsView(Console(stderr=True), names, total, min(workers, len(names)))
         events = run_finals(
             plans, device=device, workers=workers, retrain=retrain, skip_unreadable=skip_unreadable,
             allow_leak=allow_leak, progress=bars, say=say,
         )  # fmt: skip
-        results = {}
-        with contextlib.closing(events), view.shown():
-            for event in events:
-                bars.close()
-                _show(view, event)
-                if isinstance(event, Scored):
-                    results[event.result.seed] = event.result
-    _answer_final(plans, [results[plan.recipe.seed] for plan in plans], as_json)
+        with contextlib.closing(events):
+            results = _shown(events, workers, bars)
+    _answer_final(plans, [results[plan.recipe.hash] for plan in plans], as_json)
 
 
 def _answer_final(plans: list[FinalPlan], results: list[FinalResult], as_json: bool) -> None:
@@ -143,23 +142,47 @@ def _document(result: FinalResult, folder: Path) -> dict[str, Any]:
     return {**result.model_dump(mode="json"), "model": model}
 
 
-def _show(view: TrainingsView, event: FinalEvent) -> None:
-    from caltech_hpo.results.retraining import RetrainingEpoch, RetrainingStarted, Scored
+def _shown(events: Iterator[FinalEvent], workers: int, bars: ProgressBars) -> dict[str, FinalResult]:
+    """Shows what happens; returns the results by their recipes' hashes."""
+    from caltech_hpo.results.retraining import RetrainingPlanned, Scored
+
+    results, view = {}, None
+    with contextlib.ExitStack() as shown:
+        for event in events:
+            bars.close()
+            if isinstance(event, RetrainingPlanned):
+                names = [training_name(plan.record.number, plan.recipe) for plan in event.plans]
+                epochs = sum(plan.recipe.epochs for plan in event.plans)
+                view = TrainingsView(Console(stderr=True), names, epochs, min(workers, len(names)))
+                shown.enter_context(view.shown())
+            elif not isinstance(event, Scored):
+                assert view is not None, "what is trained was said before"
+                _show(view, event)
+            else:
+                results[event.plan.recipe.hash] = event.result
+                if event.how in ("before", "lost"):
+                    _say_scored(event, say if view is None else view.tell)
+    return results
+
+
+def _show(view: TrainingsView, event: RetrainingStarted | RetrainingEpoch | ScoringStarted) -> None:
+    from caltech_hpo.results.retraining import RetrainingEpoch, RetrainingStarted
 
     plan, name = event.plan, training_name(event.plan.record.number, event.plan.recipe)
     if isinstance(event, RetrainingStarted):
         view.started(name, plan.recipe.epochs, resumed=event.resumed)
     elif isinstance(event, RetrainingEpoch):
         view.epoch(name, event.result, plan.recipe.epochs)
-    elif isinstance(event, Scored):
-        if event.how in ("before", "lost", "meanwhile"):
-            when = "meanwhile" if event.how == "meanwhile" else "before"
-            say(f"{name} was scored {when}; the test set is not used again")
-        if event.how == "lost":
-            gone = f"its weights are no longer in {plan.folder}"
-            say(f"{gone}; --retrain trains them again, and scores nothing")
     else:
-        say(f"scoring {name} on the test set")
+        view.tell(f"scoring {name} on the test set")
+
+
+def _say_scored(event: Scored, say: Callable[[str], None]) -> None:
+    name = training_name(event.plan.record.number, event.plan.recipe)
+    say(f"{name} was scored before; the test set is not used again")
+    if event.how == "lost":
+        gone = f"its weights are no longer in {event.plan.folder}"
+        say(f"{gone}; --retrain trains them again, and scores nothing")
 
 
 def report(

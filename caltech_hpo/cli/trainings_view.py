@@ -57,7 +57,8 @@ class TrainingsView:
         if self._console.is_terminal:
             self._tasks[name] = self._bars.add_task(name, total=epochs)
         how = "goes on from its checkpoint; the epochs before it are shown again" if resumed else "starts"
-        self.line(f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)")
+        text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
+        (self.tell if resumed else self.line)(text)
 
     def epoch(self, name: str, result: EpochResult, epochs: int) -> None:
         """One of a training's `epochs` is over."""
@@ -79,4 +80,8 @@ class TrainingsView:
     def line(self, text: str) -> None:
         """A line where there are no bars."""
         if not self._console.is_terminal:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """A line, above the bars where there are some: they live on this console."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -169,9 +169,9 @@ def run_confirm(
             plan.index, resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
         )
         mine = [training for training in plan.open if training.recipe.resize == resize]
-        count = min(workers, len(mine))
+        count, share = min(workers, len(mine)), min(workers, len(plan.finalists) * len(plan.seeds))
         with open_executor(
-            mine[0].recipe, data, device=device, workers=count, features=plan.place.features
+            mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features
         ) as executor:
             for event in train_all(plan, mine, executor, progress):
                 if isinstance(event, TrainingEnded):

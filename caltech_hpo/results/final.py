@@ -16,6 +16,7 @@ from caltech_hpo.data.cache import Progress, read_index
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.duplicates import TEST, Group
 from caltech_hpo.data.loading import SearchData, TestData, load_search_data, load_test_data, named_images
+from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.leaks import count_leaked, find_leaks, refuse_leaks
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
@@ -23,7 +24,7 @@ from caltech_hpo.results.model_files import WEIGHTS, publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
-from caltech_hpo.search.locks import FINAL, study_lock
+from caltech_hpo.search.locks import FINAL, Check, study_lock
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.training.checkpoint_files import remove_checkpoint
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def final_lock(plan: FinalPlan) -> Iterator[None]:
-    """One `final` of a study at a time. Raises StorageError while another one runs."""
+def final_lock(plan: FinalPlan) -> Iterator[Check]:
+    """One `final` of a study at a time; yields as `study_lock` does.
+
+    Raises StorageError while another one runs.
+    """
     what = f"final training of study '{plan.study}'"
-    with study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what):
-        yield
+    with study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what) as check:
+        yield check
 
 
 def taken_meanwhile(plan: FinalPlan) -> FinalResult | None:
@@ -106,7 +110,7 @@ def score(plan: FinalPlan, epochs: Sequence[EpochResult], data: FinalData, *, de
     """
     test = data.test
     assert test is not None, "the data was loaded to be scored"
-    evaluation = _evaluate(plan, test, device)
+    evaluation = _evaluate(plan, test, device, epochs[-1].micro_batch)
     matrix = confusion_matrix(evaluation.labels.numpy(), evaluation.predictions.numpy(), len(test.classes))
     result = _result(plan, epochs, matrix, evaluation.top1_flip, count_leaked(data.leaks))
     row = _score_row(plan, result, test)
@@ -213,16 +217,27 @@ def _leaks(index: DatasetIndex, test: TestData, data: SearchData) -> list[Group]
     )
 
 
-def _evaluate(plan: FinalPlan, test: TestData, device_name: str) -> Evaluation:
-    """Writes model.json, and scores the kept weights on the test images."""
+def _evaluate(plan: FinalPlan, test: TestData, device_name: str, at_once: int | None) -> Evaluation:
+    """Writes model.json, and scores the kept weights on the test images, `at_once` in memory."""
     from caltech_hpo.training.device import resolve_device
     from caltech_hpo.training.loop import evaluate
     from caltech_hpo.training.sources import ImageSource, plan_for
+    from caltech_hpo.training.system_memory import is_out_of_memory
     from caltech_hpo.training.trained import load_model
 
     recipe, device = plan.recipe, resolve_device(device_name)
     trained = _trained(plan, test.classes)
     write_json(plan.unfinished / "model.json", trained.description)
-    source = ImageSource(test.open_test(), plan_for(recipe, device))
-    model = load_model(trained, device)
-    return evaluate(model, source, device, recipe.precision, flip=recipe.test_time_flip)
+    source = ImageSource(test.open_test(), plan_for(recipe, device)).in_batches_of(
+        at_once or recipe.batch_size
+    )
+    try:
+        model = load_model(trained, device)
+        return evaluate(model, source, device, recipe.precision, flip=recipe.test_time_flip)
+    except RuntimeError as error:  # other trainings may have the memory
+        if not is_out_of_memory(error):
+            raise
+        raise CaltechHpoError(
+            f"no memory to score {plan.unfinished / WEIGHTS}: {str(error).splitlines()[0]}",
+            "run it again with --workers 1: it goes on from here",
+        ) from error

@@ -106,8 +106,8 @@ def final(
 ) -> list[FinalResult]:  # fmt: skip
     """Retrains the winner and scores the test set, once for each seed; what was scored before is read.
 
-    One result for each seed; `workers` of them train at once. Raises CaltechHpoError, also where another
-    configuration was scored before and `again` gives no reason.
+    One result for each seed; `workers` of them train at once, and `on_epoch` is told the epochs of all.
+    Raises CaltechHpoError, also where another configuration was scored before and `again` gives no reason.
     """
     place = _place(home, storage, data)
     plans = plan_finals(_name(study), place, fit_on=fit_on, seeds=seeds, trial=trial, again=again, say=say)
@@ -118,10 +118,10 @@ def final(
     with contextlib.closing(events):
         for event in events:
             if isinstance(event, Scored):
-                results[event.result.seed] = event.result
+                results[event.plan.recipe.hash] = event.result
             elif isinstance(event, RetrainingEpoch) and on_epoch:
                 on_epoch(event.result)
-    return [results[plan.recipe.seed] for plan in plans]
+    return [results[plan.recipe.hash] for plan in plans]
 
 
 def predict(

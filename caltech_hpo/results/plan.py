@@ -57,8 +57,8 @@ def plan_finals(
 
     One plan for each seed: the trial's own, then the numbers after it. With `retrain`, the data is also
     looked for where only the weights of a scored recipe are gone. Raises UsageError without a
-    stored study or a complete trial, or when another configuration of the study was scored and `again`
-    gives no reason; DataError for other data.
+    stored study or a complete trial, with `retrain` for a seed without a score, or when another configuration
+    of the study was scored and `again` gives no reason; DataError for other data.
     """
     if again is not None and not again.strip():
         raise UsageError("--again: the reason is empty", 'say why, for the reports: --again "reason"')
@@ -80,6 +80,12 @@ def plan_finals(
     if None in stored:
         family = ledger.family_scores(place.storage, name)
         check_again(name, family, record.number, recipes[0].configuration, reason)
+        if retrain:
+            seed = recipes[stored.index(None)].seed
+            raise UsageError(
+                f"trial {record.number} seed {seed} has no score: --retrain only brings lost weights back",
+                "leave --retrain out",
+            )
     if None in stored or (retrain and not all(has_weights(folder) for folder in folders)):
         index = searched_data(study, place, progress=progress, say=say)
     return [

@@ -23,10 +23,18 @@ from caltech_hpo.results.ledger import FinalResult
 from caltech_hpo.results.model_files import WEIGHTS, has_weights
 from caltech_hpo.results.plan import FinalPlan
 from caltech_hpo.results.trainings import Began, train_each
+from caltech_hpo.search.locks import Check
 from caltech_hpo.search.messages import EpochDone, Job
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.spec import EpochResult
+
+
+@dataclass(frozen=True)
+class RetrainingPlanned:
+    """What is to be trained; the others have their score."""
+
+    plans: tuple[FinalPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,17 @@ class ScoringStarted:
 
 @dataclass(frozen=True)
 class Scored:
-    """The plan's score: from `before`, taken by another call `meanwhile`, or `now`.
+    """The plan's score: from `before` (another call may have taken it meanwhile), or taken `now`.
 
     Without the scoring of anything: `lost` has its score but no weights any more, `restored` has them again.
     """
 
     plan: FinalPlan
     result: FinalResult
-    how: Literal["before", "meanwhile", "now", "lost", "restored"]
+    how: Literal["before", "now", "lost", "restored"]
 
 
-FinalEvent = RetrainingStarted | RetrainingEpoch | ScoringStarted | Scored
+FinalEvent = RetrainingPlanned | RetrainingStarted | RetrainingEpoch | ScoringStarted | Scored
 
 
 def run_finals(
@@ -89,33 +97,37 @@ def run_finals(
             yield Scored(plan, plan.stored, "lost" if lost else "before")
     if not pending:
         return
-    with final_lock(pending[0]):
+    with final_lock(pending[0]) as check:
         missing = []
         for plan in pending:
             taken = taken_meanwhile(plan)
             if taken is None or (retrain and not has_weights(plan.folder)):
                 missing.append(replace(plan, stored=taken))
             else:
-                yield Scored(plan, taken, "meanwhile")
+                yield Scored(plan, taken, "before")
         if missing:
             scoring = any(plan.stored is None for plan in missing)
             data = load_data(
                 missing[0], scoring=scoring, skip_unreadable=skip_unreadable, allow_leak=allow_leak,
                 progress=progress, say=say,
             )  # fmt: skip
-            yield from _trained(missing, data, device, workers, progress)
+            yield RetrainingPlanned(tuple(missing))
+            share = min(workers, len(plans))  # also when it goes on with fewer
+            yield from _trained(missing, data, check, device, share, progress)
 
 
 def _trained(
-    plans: Sequence[FinalPlan], data: FinalData, device: str, workers: int, progress: Progress | None
-) -> Generator[FinalEvent, None, None]:
+    plans: Sequence[FinalPlan], data: FinalData, check: Check, device: str, share: int,
+    progress: Progress | None,
+) -> Generator[FinalEvent, None, None]:  # fmt: skip
     jobs = [
         Job(number, plan.recipe, plan.unfinished / WEIGHTS, checkpoint_of(plan))
         for number, plan in enumerate(plans)
     ]
     recipe, features = plans[0].recipe, plans[0].place.features
+    count = min(share, len(jobs))
     with open_executor(
-        recipe, data.search, device=device, workers=min(workers, len(jobs)), features=features
+        recipe, data.search, device=device, workers=count, share=share, features=features
     ) as executor:
         for event in train_each(jobs, executor, progress=progress):
             plan = plans[event.job]
@@ -130,6 +142,7 @@ def _trained(
                     raise StorageError(
                         f"{plan.unfinished}: no room for the weights", "make room, then run it again"
                     )
+                check()
                 yield from _settled(plan, event.results, data, device)
 
 
@@ -139,6 +152,8 @@ def _settled(
     if plan.stored is not None:
         restore(plan, epochs)
         yield Scored(plan, plan.stored, "restored")
+    elif (taken := taken_meanwhile(plan)) is not None:
+        yield Scored(plan, taken, "before")
     else:
         yield ScoringStarted(plan)
         yield Scored(plan, score(plan, epochs, data, device=device), "now")

@@ -44,7 +44,7 @@ class Forecast:
 
 @dataclass
 class Costs:
-    """Seconds of setting up and of an epoch, for any kind: as seen, else as timed, else of the nearest."""
+    """Seconds of setting up and of an epoch, for any kind: as seen or timed, or of the nearest."""
 
     times: Sequence[StepTime]
     images: tuple[int, int]  # training, validation
@@ -58,10 +58,14 @@ class Costs:
     def epoch(self, kind: Kind) -> float:
         """Seconds of an epoch."""
         timed, seen = self._nearest(kind), min(self.seen, key=kind.distance, default=None)
-        if timed is None or (seen is not None and kind.distance(seen) <= kind.distance(timed.kind)):
-            assert seen is not None, "something was timed or seen"
-            return statistics.median(self.seen[seen])
-        return self._timed(kind, timed) * self._correction()
+        if (
+            timed is not None
+            and (kind not in self.seen)
+            and (seen is None or not kind.is_like(seen) or kind.is_like(timed.kind))
+        ):
+            return self._timed(kind, timed) * self._correction()
+        assert seen is not None, "something was timed or seen"
+        return statistics.median(self.seen[seen]) * kind.copies / seen.copies
 
     def setup(self, kind: Kind) -> float:
         """Seconds before a trial's first epoch."""

@@ -34,18 +34,25 @@ class Line:
     def decision(self, epoch: EpochDone) -> bool:
         """Tells of an epoch; returns whether the job goes on.
 
-        It does if the supervisor is gone: then it is `interrupted` at once, and saved. Ending here would lose
-        the epochs since the last checkpoint.
+        It does if the supervisor is gone, or SIGTERM comes before its answer: then it is `interrupted` at
+        once, and saved. Ending here would lose the epochs since the last checkpoint.
         """
         try:
             self._connection.send(epoch)
-            message = self._connection.recv()
+            message = self._answer()
             if isinstance(message, Pause):  # it crossed the epoch on its way
                 self._paused = True
-                message = self._connection.recv()
+                message = self._answer()
         except GONE:
             return True
         return bool(message)
+
+    def _answer(self) -> bool | Pause:
+        while not self._connection.poll(LOOK_EVERY):
+            if self.terminated.is_set():
+                return True
+        answer: bool | Pause = self._connection.recv()
+        return answer
 
     def interrupted(self) -> bool:
         """Whether a job shall pause. In mid-epoch nothing else is sent, so whatever has come says so."""

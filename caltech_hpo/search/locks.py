@@ -21,6 +21,7 @@ Check = Callable[[], None]
 CONFIRM, FINAL = "+confirm-", "+final-"
 SERVE = "+serve"
 NAMED_WITHIN = 1.0  # seconds
+CLOCKS = 60.0  # seconds that a machine's clock may have been set by since
 FIX = "wait for it, or stop it with Ctrl-C; a second one adds nothing"
 
 
@@ -82,7 +83,10 @@ def holder_of(url: str, home: Path, name: str) -> str | None:
 
         return holder_there(url, name)
     who = _written(lock_path(url, home, name))
-    return None if who is None or not _lives(who) else _in_words(who)
+    if who is None or not _lives(who):
+        return None
+    here = who["host"] == socket.gethostname()
+    return _in_words(who) + ("" if here else ", if it lives: another machine cannot be asked")
 
 
 def _lives(who: dict[str, Any]) -> bool:
@@ -92,10 +96,21 @@ def _lives(who: dict[str, Any]) -> bool:
     if who["host"] != socket.gethostname():
         return True
     try:
-        born = float(psutil.Process(who["process"]).create_time())
-    except psutil.Error:
-        return False
-    return born <= datetime.fromisoformat(who["since"]).timestamp() + 1
+        process = psutil.Process(who["process"])
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        born = float(process.create_time())
+    except psutil.AccessDenied:
+        return True
+    except psutil.NoSuchProcess:  # also of what /proc hides from us
+        try:
+            os.kill(who["process"], 0)
+        except ProcessLookupError:
+            return False
+        except (PermissionError, OverflowError):
+            return True
+        return True
+    return born <= datetime.fromisoformat(who["since"]).timestamp() + CLOCKS
 
 
 @contextlib.contextmanager
@@ -131,19 +146,21 @@ def _ourselves() -> dict[str, str | int]:
 def _holder(path: Path) -> str:
     """Who wrote themselves into a lock file, if it can be read; who has just taken it is about to."""
     until = time.monotonic() + NAMED_WITHIN
-    while (who := _written(path)) is None and time.monotonic() < until:
+    while (who := _written(path)) is None or not _lives(who):  # it was killed: this is the one before
+        if time.monotonic() > until:
+            return ""
         time.sleep(0.02)
-    return "" if who is None else f": {_in_words(who)}"
+    return f": {_in_words(who)}"
 
 
 def _written(path: Path) -> dict[str, Any] | None:
     """What the latest holder of a lock file wrote into it."""
     try:
         who: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        int(who["process"]), who["host"], datetime.fromisoformat(who["since"])
+        datetime.fromisoformat(who["since"])
+        return {"process": int(who["process"]), "host": str(who["host"]), "since": who["since"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return who
 
 
 def _in_words(who: dict[str, Any]) -> str:

@@ -119,7 +119,8 @@ def forecaster_for(
     here = [record for record in records if record.device in ("", executor.ready.device)]
     known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
     if not known and request.subset is None:
-        examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
+        seen = Costs((), costs.images)  # of its own: a forecaster adds to it
+        examples = Forecaster(spec, here, seen, baselines=request.baselines).unseen()
         if examples:
             binding = binding_of(executor, data, request)
             measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)

@@ -60,9 +60,8 @@ class Supervisor:
         executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
         checkpoints: Path | None = None, models: Path | None = None, trial_seconds: float | None = None,
     ) -> None:  # fmt: skip
-        """`checkpoints` is the folder for those of running trials (None: a trial begins anew), `models` that
-        for the best trial's weights. A trial ends with its first epoch after `trial_seconds`.
-        """
+        """`checkpoints` is the folder for running trials' (None: none), `models` for the best trial's weights.
+        A trial ends with its first epoch after `trial_seconds`."""
         self._trial_seconds = trial_seconds
         self._study, self._storage, self._spec = study, storage, spec
         self._executor, self._binding, self._pruning = executor, binding, pruning
@@ -167,10 +166,11 @@ class Supervisor:
             self._trial_id(trial.number), RECIPE_KEY, recipe.model_dump(mode="json")
         )
         trial.set_user_attr("recipe_hash", recipe.hash)
-        baseline = trial.user_attrs.get(BASELINE_ATTR, "")
-        self._running[trial.number] = Running(trial, recipe, baseline)
-        self._executor.submit(self._files.job(self._running[trial.number]))
-        return TrialStarted(trial.number, params, recipe.epochs, baseline)
+        trial.set_user_attr("device", self._executor.ready.device)  # the one that its epochs' times tell of
+        running = Running(trial, recipe, trial.user_attrs.get(BASELINE_ATTR, ""))
+        self._running[trial.number] = running
+        self._executor.submit(self._files.job(running))
+        return TrialStarted(trial.number, params, recipe.epochs, running.baseline)
 
     def _handle(self, event: Event) -> Iterator[SearchEvent]:
         running = self._running[event.job]

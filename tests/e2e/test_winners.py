@@ -52,13 +52,13 @@ def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
 
 def test_final_takes_the_confirmed_winner_over_seeds(searched):
     """Its supervisor is killed; it goes on and has the search's accuracy: the same recipe trains alike."""
-    killed("final", *STUDY, "--seeds", 2, cwd=searched)
     winner = answer("confirm", *STUDY, "--finalists", 2, "--seeds", 2, cwd=searched, run=here)["winner"]
+    killed("final", *STUDY, "--seeds", 2, "--workers", 2, cwd=searched)
     done = call("final", *STUDY, "--seeds", 2, "--workers", 2, "--json", cwd=searched)
     made = json.loads(done.stdout)
     assert f"trial {winner}, confirmed over 2 seeds" in done.stderr
     assert f"trial {winner} seed 0 goes on from its checkpoint" in done.stderr
-    assert f"trial {winner} seed 1 starts" in done.stderr
+    assert f"trial {winner} seed 1 goes on from its checkpoint" in done.stderr
     assert not list((searched / "storage").rglob("*.checkpoint*"))
     rows = answer("report", "--study", "demo", cwd=searched, run=here)["rows"]
     (row,) = [row for row in rows if row["trial"] == winner]

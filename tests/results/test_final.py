@@ -7,6 +7,8 @@ import shutil
 
 import optuna
 import pytest
+import torch
+from commands import answer, here
 from helpers import write_folders, write_study
 from PIL import Image
 from scipy import stats
@@ -15,12 +17,14 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.errors import CaltechHpoError, DataError, StorageError, UsageError
 from caltech_hpo.results import final, ledger, retraining
 from caltech_hpo.results.final import final_lock, is_settled
+from caltech_hpo.results.library import final as library_final
 from caltech_hpo.results.overview import make_overview
 from caltech_hpo.results.plan import plan_finals
 from caltech_hpo.results.predict import find_model
 from caltech_hpo.results.report import make_report
 from caltech_hpo.results.retraining import (
     RetrainingEpoch,
+    RetrainingPlanned,
     RetrainingStarted,
     Scored,
     ScoringStarted,
@@ -28,7 +32,7 @@ from caltech_hpo.results.retraining import (
 )
 from caltech_hpo.results.scores import mean_accuracy, mean_interval
 from caltech_hpo.results.seeds import over_seeds
-from caltech_hpo.results.trainings import SEEDS, seeded, training_failure
+from caltech_hpo.results.trainings import SEEDS, Trained, seeded, train_each, training_failure
 from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import Died, Failed, WorkerBugError, WorkerConfig
 from caltech_hpo.search.records import trial_records
@@ -69,7 +73,7 @@ def place(tmp_path, monkeypatch):
         def __exit__(self, *error):
             self.close()
 
-    def inline(recipe, data, *, device, workers, features):
+    def inline(recipe, data, *, device, workers, share, features):
         return Inline(WorkerConfig(data, device, 1, recipe, features))
 
     monkeypatch.setattr(retraining, "open_executor", inline)
@@ -212,7 +216,7 @@ def test_two_calls_cannot_both_be_the_first(place):
     first = take(one)
     with pytest.raises(UsageError, match="was used before"):
         take(other)
-    assert take(one, "meanwhile") == first
+    assert take(one, "before") == first
     with final_lock(one), pytest.raises(StorageError, match="another final training of study 'demo'"):
         take(one)
 
@@ -227,6 +231,9 @@ def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
     events = list(run_finals(plans, device="cpu", workers=2))
     results = [event.result for event in events if isinstance(event, Scored)]
     assert results[0] == first and results[1].seed == 1
+    (planned,) = [event for event in events if isinstance(event, RetrainingPlanned)]
+    assert planned.plans == (plans[1],) and events.index(planned) == 1
+    events.remove(planned)
     assert [(type(e), e.plan.recipe.seed) for e in events] == [
         (Scored, 0), (RetrainingStarted, 1), (RetrainingEpoch, 1), (RetrainingEpoch, 1), (ScoringStarted, 1),
         (Scored, 1),
@@ -240,6 +247,56 @@ def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):
 def test_the_seed_after_the_last_is_the_first(place):
     recipe = plan_finals("demo", place)[0].recipe
     assert [seeded(recipe, SEEDS - 1 + i).seed for i in range(3)] == [SEEDS - 1, 0, 1]
+
+
+def test_a_score_that_another_call_took_while_this_one_trained_is_kept(place, tmp_path, monkeypatch):
+    """On a server the lock may break for a while."""
+    (plan,) = plan_finals("demo", place)
+    elsewhere = shutil.copytree(place.home, tmp_path / "elsewhere")
+    (twin,) = plan_finals("demo", Place(elsewhere, default_url(elsewhere), data=place.data))
+    taken = take(twin, "now")
+    (row,) = ledger.scores(default_url(elsewhere), "demo")
+
+    def trained(jobs, executor, **options):
+        for event in train_each(jobs, executor, **options):
+            if isinstance(event, Trained):
+                ledger.record(place.storage, row)
+            yield event
+
+    monkeypatch.setattr(retraining, "train_each", trained)
+    monkeypatch.setattr(final, "_evaluate", None)  # the test set is not looked at
+    assert take(plan, "before") == taken and len(ledger.scores(place.storage, "demo")) == 1
+
+
+def test_a_training_that_fails_leaves_the_other_seeds_scores(place, monkeypatch):
+    def trained(jobs, executor, **options):
+        yield from train_each(jobs[:1], executor, **options)
+        raise training_failure(Failed(1, "out of memory", "20 GiB"))
+
+    with monkeypatch.context() as patch, pytest.raises(CaltechHpoError, match="20 GiB"):
+        patch.setattr(retraining, "train_each", trained)
+        list(run_finals(plan_finals("demo", place, seeds=2), device="cpu"))
+    assert [row.seed for row in ledger.scores(place.storage, "demo")] == [0]
+    with pytest.raises(UsageError, match="trial 0 seed 1 has no score"):
+        plan_finals("demo", place, seeds=2, retrain=True)
+    plans = plan_finals("demo", place, seeds=2)
+    hows = [event.how for event in run_finals(plans, device="cpu") if isinstance(event, Scored)]
+    assert hows == ["before", "now"]
+
+
+def test_memory_that_runs_out_in_the_scoring_says_what_to_do(place, monkeypatch):
+    from caltech_hpo.training import trained
+
+    (plan,) = plan_finals("demo", place)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with monkeypatch.context() as patch, pytest.raises(CaltechHpoError, match="no memory to score") as raised:
+        patch.setattr(trained, "load_model", full)
+        take(plan)
+    assert "--workers 1" in str(raised.value) and ledger.scores(place.storage, "demo") == []
+    assert take(plan, "now").test_images == 12
 
 
 @pytest.mark.parametrize("broken", ["record", "finish"])
@@ -278,6 +335,10 @@ def test_a_score_from_before_the_ledger_stands(place):
     assert plan.stored.test_accuracy == 0.75 and plan.index is None
     with pytest.raises(UsageError, match=r"top-1 0\.7500, before the ledger"):
         plan_finals("demo", place, trial=1)
+    (shown,) = library_final("demo", home=place.home)
+    assert shown == take(plan) and shown.seed is None
+    told = answer("final", "--study", "demo", "--home", place.home, cwd=place.home, run=here)
+    assert (told["test_accuracy"], told["model"]) == (0.75, None)
     assert make_report("demo", place).test_uses == 1
 
 

@@ -189,9 +189,11 @@ def test_serve_runs_the_queue_and_goes_on_after_its_end(tmp_path):
     while "paused; the same command" not in log.read_text():  # its search notices
         time.sleep(0.1)
     assert states() == ["running"]
+    while told()["studies"][0]["searched_by"]:  # it ends now
+        time.sleep(0.1)
     shown = " ".join(here("status", cwd=tmp_path).stdout.split())
     assert "nothing works on the queue now" in shown and "nobody: waiting" in shown
-    assert told()["served_by"] is None and told()["studies"][0]["searched_by"] is None
+    assert told()["served_by"] is None
     submitted = here("submit", "--study", "demo@2", "--trials", "1", *options, cwd=tmp_path)
     assert submitted.returncode == 0 and "'caltech-hpo serve' does" in submitted.stderr
     with serving() as second:

@@ -169,6 +169,10 @@ def test_what_runs_already_needs_no_timing():
     known = Costs((slow,), IMAGES, {KIND: [6.0]})
     assert known.epoch(KIND.model_copy(update={"batch_size": 20})) == 6.0
     assert known.epoch(slow.kind) == 40 * 0.1 + 50 * 0.02
+    # of the nearest in size, and not of another number of copies
+    wide = Costs((slow,), IMAGES, {KIND.model_copy(update={"batch_size": 20}): [6.0]})
+    assert wide.epoch(slow.kind.model_copy(update={"batch_size": 20})) == pytest.approx(20 * 0.2 + 50 * 0.02)
+    assert Costs((), IMAGES, {KIND: [6.0]}).epoch(slow.kind) == 4 * 6.0
 
 
 def test_kinds_agree_with_the_augmentations():
