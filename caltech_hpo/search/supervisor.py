@@ -60,7 +60,7 @@ class Supervisor:
         executor: Executor, binding: Binding, *, baselines: bool = True, pruning: bool = True,
         checkpoints: Path | None = None, models: Path | None = None, trial_seconds: float | None = None,
     ) -> None:  # fmt: skip
-        """`checkpoints` is the folder for running trials' (None: none), `models` for the best trial's weights.
+        """`checkpoints` is the folder of running trials' (None: none), `models` for the best trial's weights.
         A trial ends with its first epoch after `trial_seconds`."""
         self._trial_seconds = trial_seconds
         self._study, self._storage, self._spec = study, storage, spec
