@@ -44,6 +44,7 @@ def cluster():
     made.shutdown()
 
 
+@pytest.mark.timeout(600)  # Ray starts a dozen processes
 def test_a_killed_node_costs_nothing(cluster, tmp_path):
     images = write_folders(tmp_path / "images", images=12)
     place = Place(tmp_path / "home", default_url(tmp_path / "home"), images)
