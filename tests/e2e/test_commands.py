@@ -37,6 +37,8 @@ def test_search_answers_and_shows_its_progress(searched):
     assert (folder / "storage" / "studies.db").exists()
     for words in ("trial 0 starts", "trial 0 epoch 1/", "loss", "validation", "best of", "left", "baseline"):
         assert words in messages
+    assert "2 trials in about" in messages and "80% likely" in messages
+    assert messages.index("2 trials in about") < messages.index("trial 0 starts")
 
 
 def test_the_same_command_again_does_nothing(searched):
@@ -48,7 +50,7 @@ def test_the_same_command_again_does_nothing(searched):
 
 def test_final_scores_the_test_set_once(searched):
     folder, document, _ = searched
-    first = answer("final", "--study", "demo", "--data", "images", cwd=folder)
+    first = answer("final", "--study", "demo", "--data", "images", cwd=folder, run=here)
     for key in (
         "study", "trial", "params", "best_epoch", "val_accuracy", "test_accuracy",
         "test_mean_per_class_accuracy", "test_images", "ci95", "fit_on", "model",

@@ -15,7 +15,7 @@ from commands import COMMAND, environment, killed, wait_for
 from helpers import write_folders
 
 DATA = ("--study", "demo", "--data", "images")
-VALUES = "batch_size=32,augmentation=random_crop,epochs=15"
+VALUES = "batch_size=32,augmentation=random_crop,epochs=10"
 SEARCH = (
     "search", *DATA, "--no-baselines", "--no-pruning",
     "--enqueue", f"learning_rate=0.01,{VALUES}", "--enqueue", f"learning_rate=0.02,{VALUES}", "--trials", "2",
