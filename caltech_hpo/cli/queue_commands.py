@@ -80,7 +80,7 @@ def submit(
     """
     from caltech_hpo.results.work_queue import Options
     from caltech_hpo.results.work_queue import submit as submitted
-    from caltech_hpo.search.locks import SERVE, holder_of
+    from caltech_hpo.search.locks import SERVE, holders_of
     from caltech_hpo.search.request import SearchRequest, resolve_spec
 
     if weights is not None and weights not in NO_FILES:
@@ -92,7 +92,7 @@ def submit(
     )  # fmt: skip
     place = place_of(home, storage)
     made = submitted(place.storage, study, trials, options)
-    if holder_of(place.storage, place.home, SERVE) is None:
+    if not holders_of(place.storage, place.home, [SERVE]):
         say(NO_SERVE)
     answer(
         made.model_dump(mode="json"), as_json,

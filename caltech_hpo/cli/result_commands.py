@@ -153,15 +153,15 @@ def _shown(events: Iterator[FinalEvent], workers: int, bars: ProgressBars) -> di
             if isinstance(event, RetrainingPlanned):
                 names = [training_name(plan.record.number, plan.recipe) for plan in event.plans]
                 epochs = sum(plan.recipe.epochs for plan in event.plans)
-                view = TrainingsView(Console(stderr=True), names, epochs, min(workers, len(names)))
+                view = TrainingsView(Console(stderr=True), names, epochs, workers)
                 shown.enter_context(view.shown())
-            elif not isinstance(event, Scored):
-                assert view is not None, "what is trained was said before"
-                _show(view, event)
-            else:
+            elif isinstance(event, Scored):
                 results[event.plan.recipe.hash] = event.result
                 if event.how in ("before", "lost"):
                     _say_scored(event, say if view is None else view.tell)
+            else:
+                assert view is not None, "what is trained was said before"
+                _show(view, event)
     return results
 
 

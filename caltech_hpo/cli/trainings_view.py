@@ -33,7 +33,7 @@ class TrainingsView:
 
     def __init__(self, console: Console, names: Sequence[str], epochs: int, workers: int) -> None:
         """`names` are all trainings to come, `epochs` those of all of them together."""
-        self._console, self._workers = console, workers
+        self._console, self._workers = console, min(workers, len(names))
         self._places = {name: number for number, name in enumerate(names, start=1)}
         self._epochs_left = epochs
         self._seconds: list[float] = []

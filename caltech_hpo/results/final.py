@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,15 +34,10 @@ if TYPE_CHECKING:
     from caltech_hpo.training.trained import TrainedModel
 
 
-@contextlib.contextmanager
-def final_lock(plan: FinalPlan) -> Iterator[Check]:
-    """One `final` of a study at a time; yields as `study_lock` does.
-
-    Raises StorageError while another one runs.
-    """
+def final_lock(plan: FinalPlan) -> AbstractContextManager[Check]:
+    """One `final` of a study at a time: `study_lock`. Raises StorageError while another one runs."""
     what = f"final training of study '{plan.study}'"
-    with study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what) as check:
-        yield check
+    return study_lock(plan.place.storage, plan.place.home, FINAL + plan.study, what)
 
 
 def taken_meanwhile(plan: FinalPlan) -> FinalResult | None:

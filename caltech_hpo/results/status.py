@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from caltech_hpo.results.work_queue import Submission, submissions
 from caltech_hpo.search.changes import SPEC_ATTR
-from caltech_hpo.search.locks import SERVE, holder_of
+from caltech_hpo.search.locks import SERVE, holders_of
 from caltech_hpo.search.records import TrialRecord, trial_record
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_existing, study_names
@@ -54,15 +54,18 @@ def read_status(place: Place, *, ended: int = 5) -> Status:
     over = [one for one in everything if one.ended]
     shown = tuple(one for one in everything if not one.ended or one in over[len(over) - ended :])
     storage = open_existing(place.storage)
+    if storage is None:
+        return Status(served_by=None, queue=shown, studies=())
     names = study_names(storage)
-    studies = [_status(storage, name, place) for name in names] if storage is not None else []
-    served_by = holder_of(place.storage, place.home, SERVE) if storage is not None else None
+    holders = holders_of(place.storage, place.home, [SERVE, *names])
+    studies = [_status(storage, name, holders.get(name)) for name in names]
     return Status(
-        served_by=served_by, queue=shown, studies=tuple(study for study in studies if study is not None)
-    )
+        served_by=holders.get(SERVE), queue=shown,
+        studies=tuple(study for study in studies if study is not None),
+    )  # fmt: skip
 
 
-def _status(storage: RDBStorage, name: str, place: Place) -> StudyStatus | None:
+def _status(storage: RDBStorage, name: str, searched_by: str | None) -> StudyStatus | None:
     """Counted by the database, so that a long study can be watched; None for other programs' studies."""
     study_id = storage.get_study_id_from_name(name)
     if SPEC_ATTR not in storage.get_study_user_attrs(study_id):
@@ -78,7 +81,7 @@ def _status(storage: RDBStorage, name: str, place: Place) -> StudyStatus | None:
         best_trial=best.number if best else None,
         best=best.value if best else None,
         running=tuple(_running(trial_record(trial)) for trial in running),
-        searched_by=holder_of(place.storage, place.home, name),
+        searched_by=searched_by,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,15 +57,13 @@ class Costs:
 
     def epoch(self, kind: Kind) -> float:
         """Seconds of an epoch."""
+        if kind in self.seen:
+            return statistics.median(self.seen[kind])
         timed, seen = self._nearest(kind), min(self.seen, key=kind.distance, default=None)
-        if (
-            timed is not None
-            and (kind not in self.seen)
-            and (seen is None or not kind.is_like(seen) or kind.is_like(timed.kind))
-        ):
-            return self._timed(kind, timed) * self._correction()
-        assert seen is not None, "something was timed or seen"
-        return statistics.median(self.seen[seen]) * kind.copies / seen.copies
+        if seen and (timed is None or (kind.is_like(seen) and not kind.is_like(timed.kind))):
+            return statistics.median(self.seen[seen]) * kind.copies / seen.copies
+        assert timed is not None, "something was timed or seen"
+        return self._timed(kind, timed) * self._correction()
 
     def setup(self, kind: Kind) -> float:
         """Seconds before a trial's first epoch."""
@@ -117,7 +115,9 @@ class Forecaster:
         baselines: bool = True, parallel: int = 1,
     ) -> None:  # fmt: skip
         """`records` are the trials so far; `parallel` trainings run at once, each as `costs` says."""
-        self._spec, self._costs, self._parallel = spec, costs, parallel
+        # What is seen is added to a copy: others may go on from the same costs.
+        self._costs = replace(costs, seen={kind: list(found) for kind, found in costs.seen.items()})
+        self._spec, self._parallel = spec, parallel
         self._pruning = pruning and spec.pruner.name != "none"
         self._running: dict[int, _Trial] = {}
         self._ends: list[tuple[bool, float]] = []  # of each finished trial: pruned?, share of its epochs run

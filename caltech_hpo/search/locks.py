@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,21 +72,23 @@ def all_locks(url: str, home: Path, name: str) -> Iterator[None]:
         yield
 
 
-def holder_of(url: str, home: Path, name: str) -> str | None:
-    """Who holds the lock `name` in the study database, in words; None if nobody does. Nothing is written.
+def holders_of(url: str, home: Path, names: Iterable[str]) -> dict[str, str]:
+    """Who holds these locks in the study database, in words; those that nobody holds are left out.
 
-    Of a lock file it is read; who wrote themselves into it and were killed since do not count, as far as
-    this machine can tell.
+    Lock files are read, nothing is written; who wrote themselves into one and were killed since do not
+    count, as far as this machine can tell.
     """
     if parse_url(url).get_backend_name() == "postgresql":
-        from caltech_hpo.search.postgres_lock import holder_there
+        from caltech_hpo.search.postgres_lock import holders_there
 
-        return holder_there(url, name)
-    who = _written(lock_path(url, home, name))
-    if who is None or not _lives(who):
-        return None
-    here = who["host"] == socket.gethostname()
-    return _in_words(who) + ("" if here else ", if it lives: another machine cannot be asked")
+        return holders_there(url, names)
+    found = {}
+    for name in names:
+        who = _written(lock_path(url, home, name))
+        if who is not None and _lives(who):
+            here = who["host"] == socket.gethostname()
+            found[name] = _in_words(who) + ("" if here else ", if it lives: another machine cannot be asked")
+    return found
 
 
 def _lives(who: dict[str, Any]) -> bool:
@@ -100,17 +102,19 @@ def _lives(who: dict[str, Any]) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         born = float(process.create_time())
-    except psutil.AccessDenied:
-        return True
-    except psutil.NoSuchProcess:  # also of what /proc hides from us
-        try:
-            os.kill(who["process"], 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, OverflowError):
-            return True
-        return True
+    except psutil.Error:  # it is gone, or /proc hides it from us
+        return _exists(who["process"])
     return born <= datetime.fromisoformat(who["since"]).timestamp() + CLOCKS
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

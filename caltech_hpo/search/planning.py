@@ -119,8 +119,7 @@ def forecaster_for(
     here = [record for record in records if record.device in ("", executor.ready.device)]
     known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
     if not known and request.subset is None:
-        seen = Costs((), costs.images)  # of its own: a forecaster adds to it
-        examples = Forecaster(spec, here, seen, baselines=request.baselines).unseen()
+        examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
         if examples:
             binding = binding_of(executor, data, request)
             measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)

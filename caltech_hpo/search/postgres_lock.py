@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sqlalchemy import BigInteger, Column, Connection, MetaData, String, Table, create_engine, select, text
 from sqlalchemy.dialects.postgresql import insert
@@ -124,11 +124,11 @@ class AdvisoryLock:
             ) from error
 
 
-def holder_there(url: str, name: str) -> str | None:
-    """As `holder_of`, on the server. Raises SQLAlchemyError where it does not answer."""
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.connect() as connection:
-        return _holder(connection, lock_number(name))
+def holders_there(url: str, names: Iterable[str]) -> dict[str, str]:
+    """As `holders_of`, on the server. Raises SQLAlchemyError where it does not answer."""
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+        found = {name: _holder(connection, lock_number(name)) for name in names}
+    return {name: holder for name, holder in found.items() if holder is not None}
 
 
 def _holder(connection: Connection, number: int) -> str | None:

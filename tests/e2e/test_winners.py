@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 import pytest
-from commands import COMMAND, answer, call, environment, here, killed
+from commands import COMMAND, answer, call, environment, here, killed, wait_for
 from helpers import write_folders
 
 VALUES = "epochs=12,batch_size=32,augmentation=center_crop"
@@ -31,7 +31,7 @@ def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
     with subprocess.Popen(
         [COMMAND, *command], cwd=searched, env=environment(), stderr=subprocess.PIPE, text=True
     ) as running:
-        first = next(line for line in running.stderr if "finished, best validation" in line)
+        first = wait_for(running, "finished, best validation")
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
         assert running.wait(timeout=30) == 130

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import COMMAND, environment
 from helpers import write_folders
 
 from caltech_hpo.search.maintenance import examine
@@ -28,7 +28,6 @@ from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.storage import stored_study
 from caltech_hpo.search.urls import default_url
 
-COMMAND = str(Path(sys.executable).with_name("caltech-hpo"))
 HOMES, WORKERS = 2, 2
 # Most of a search that is killed again and again is its start, and a random instant mostly falls there. These
 # kills wait for something new to be shown, so that enough is: at most so many acknowledgements.
@@ -65,11 +64,10 @@ class Storm:
 
     @contextlib.contextmanager
     def searching(self):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("CALTECH_HPO_")}
         command = [COMMAND, "search", "--study", self.study, "--trials", str(self.trials), "--data", "images"]
         with self.log.open("ab") as log, subprocess.Popen(
             [*command, "--workers", str(WORKERS), "--no-pruning"], cwd=self.folder, stdout=log, stderr=log,
-            env=environment | {"NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
+            env=environment(), stdin=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             yield process
 

@@ -16,7 +16,7 @@ import pytest
 from made_studies import searched
 
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.locks import holder_of, study_lock
+from caltech_hpo.search.locks import holders_of, study_lock
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.storage import open_storage, stored_study
 
@@ -109,8 +109,8 @@ def test_the_lock_says_who_holds_it_and_ends_with_its_holder(server, tmp_path):
         with pytest.raises(StorageError) as raised, study_lock(server.url, tmp_path, "demo", "search"):
             pass
         assert f"another search is running: process {holder.pid} on" in str(raised.value)
-        assert holder_of(server.url, tmp_path, "demo").startswith(f"process {holder.pid} on ")
-        assert holder_of(server.url, tmp_path, "demo@2") is None
+        found = holders_of(server.url, tmp_path, ["demo", "demo@2"])
+        assert found.keys() == {"demo"} and found["demo"].startswith(f"process {holder.pid} on ")
         with study_lock(server.url, tmp_path, "demo@2", "search"):
             pass
         holder.kill()

@@ -19,7 +19,7 @@ from caltech_hpo.errors import StorageError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange
 from caltech_hpo.search import storage
 from caltech_hpo.search.changes import check_unchanged
-from caltech_hpo.search.locks import held, holder_of, lock_path, study_lock
+from caltech_hpo.search.locks import held, holders_of, lock_path, study_lock
 from caltech_hpo.search.maintenance import backup, examine
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study, study_names
@@ -108,7 +108,7 @@ def test_urls_without_a_password_are_not(good):
 
 def test_who_holds_a_lock_can_be_asked(url, tmp_path):
     def asked():
-        return holder_of(url, tmp_path, "demo")
+        return holders_of(url, tmp_path, ["demo", "demo@2"]).get("demo")
 
     path = lock_path(url, tmp_path, "demo")
     assert asked() is None and not path.parent.exists()  # asking makes no file
