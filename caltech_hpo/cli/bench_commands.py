@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import asdict
 from enum import StrEnum
@@ -214,5 +213,7 @@ def machine() -> str:
     """Processor cores and the versions that matter."""
     from importlib.metadata import version
 
+    from caltech_hpo.data.decode import usable_cores
+
     python, torch = platform.python_version(), version("torch")
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {python}, torch {torch}"
+    return f"{usable_cores()} CPU cores ({platform.machine()}), Python {python}, torch {torch}"

@@ -154,6 +154,13 @@ def to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
+def usable_cores() -> int:
+    """The cores that this process may use: a batch system or `taskset` may have given it only some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows bind no process
+
+
 def decode_all(paths: Sequence[Path], resize: int) -> Iterator[Pixels | str]:
     """Each file's pixels, or the reason why it cannot be read, in order; on all cores.
 
@@ -161,7 +168,7 @@ def decode_all(paths: Sequence[Path], resize: int) -> Iterator[Pixels | str]:
     of pending results keeps memory bounded.
     """
     _silence_pillow()
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     with ThreadPoolExecutor(workers) as pool:
         window: deque[Future[Pixels | str]] = deque()
         for path in paths:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from caltech_hpo.data.cache import build_cache
 from caltech_hpo.data.dataset import DatasetIndex
+from caltech_hpo.data.decode import usable_cores
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.search.bench import Progress, Speed
 from caltech_hpo.search.request import Place, SearchRequest
@@ -88,4 +88,4 @@ def measure_cache(index: DatasetIndex, resize: int, cache: Path, progress: Progr
     found = load_search_data(index, resize, cache, skip_unreadable=True)
     found.open_training()
     found.open_validation()
-    return CacheSpeed(len(some), os.cpu_count() or 1, taken, time.perf_counter() - begin)
+    return CacheSpeed(len(some), usable_cores(), taken, time.perf_counter() - begin)

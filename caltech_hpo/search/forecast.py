@@ -108,7 +108,10 @@ class _Trial:
 
 
 class Forecaster:
-    """Foretells a study, and learns from each event of its search."""
+    """Foretells a study, and learns from each event of its search.
+
+    Trials that wait or were left, and hand-tuned rows, come first, with their own parameters.
+    """
 
     def __init__(
         self, spec: StudySpec, records: Sequence[TrialRecord], costs: Costs, *, pruning: bool = True,
@@ -125,12 +128,14 @@ class Forecaster:
         for record in records:
             self._learn(record)
         tried = {record.baseline for record in records}
-        rows = [row for row in spec.baselines if row.name not in tried] if baselines else []
-        self._queued = [self._values(row.params) for row in rows]
+        rows = [row.params for row in spec.baselines if row.name not in tried] if baselines else []
+        waiting = [record for record in records if record.state in ("waiting", "running")]
+        self._queued = [(self._values(record.params), len(record.epochs)) for record in waiting]
+        self._queued += [(self._values(params), 0) for params in rows]
         self._params = draw(spec, DRAWN)
         self._drawn = [self._values(params) for params in self._params]
         self._kinds = [kind_of(values) for values in self._drawn]
-        self._rows = [row.params for row in rows]
+        self._known = [record.params for record in waiting] + rows
 
     def _values(self, params: dict[str, Any]) -> Hyperparameters:
         return self._spec.recipe.model_copy(update=params)
@@ -149,7 +154,7 @@ class Forecaster:
         """Takes in one event of the search."""
         if isinstance(event, (TrialStarted, TrialResumed)):
             values = self._values(event.params)
-            self._queued = [other for other in self._queued if other != values]
+            self._queued = [(other, done) for other, done in self._queued if other != values]
             done = event.done if isinstance(event, TrialResumed) else 0
             self._running[event.number] = _Trial(kind_of(values), event.epochs, done)
         elif isinstance(event, TrialEpoch):
@@ -166,7 +171,7 @@ class Forecaster:
         """Parameters of one training of each kind to be expected, the most frequent kind first."""
         counted: Counter[Kind] = Counter()
         found: dict[Kind, dict[str, Any]] = {}
-        for params in (*self._rows, *self._params):
+        for params in (*self._known, *self._params):
             kind = kind_of(self._values(params))
             counted[kind] += 1
             found.setdefault(kind, params)
@@ -187,9 +192,9 @@ class Forecaster:
         left = max(0, trials - self._finished - len(self._running))
         queued, random = self._queued[:left], np.random.default_rng(0)
         drawn = left - len(queued)
-        fixed = sum(self._whole(values) for values in queued)
+        fixed = sum(self._rest(values, done) for values, done in queued)
         fixed += sum((t.epochs - t.done) * self._costs.epoch(t.kind) for t in self._running.values())
-        new = set(self._kinds if drawn else []) | {kind_of(values) for values in queued}
+        new = set(self._kinds if drawn else []) | {kind_of(values) for values, _ in queued}
         fixed += self._costs.once(new)
         setup, epoch_seconds = self._columns()
         lengths = np.array([values.epochs for values in self._drawn])
@@ -199,14 +204,15 @@ class Forecaster:
         seconds = (setup[chosen] + epochs * epoch_seconds[chosen]).sum(1) + fixed
         seconds *= np.exp(random.normal(0, TIMING_ERROR, SIMULATED)) / self._parallel
         low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
+        each = [*(values.epochs - done for values, done in queued), *epochs.mean(0)]
         return Forecast(
-            float(middle), float(low), float(high), left, float(epochs.mean()) if drawn else 0.0,
-            float(pruned.mean()) if drawn else 0.0, len(self._ends),
+            float(middle), float(low), float(high), left, float(np.mean(each)) if left else 0.0,
+            float(pruned.mean(0).sum()) / left if left else 0.0, len(self._ends),
         )  # fmt: skip
 
-    def _whole(self, values: Hyperparameters) -> float:
+    def _rest(self, values: Hyperparameters, done: int) -> float:
         kind = kind_of(values)
-        return self._costs.setup(kind) + values.epochs * self._costs.epoch(kind)
+        return self._costs.setup(kind) + (values.epochs - done) * self._costs.epoch(kind)
 
     def _columns(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         known = {kind: (self._costs.setup(kind), self._costs.epoch(kind)) for kind in set(self._kinds)}

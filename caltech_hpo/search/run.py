@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
+from caltech_hpo.data.decode import usable_cores
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import Check, study_lock
@@ -204,7 +204,7 @@ def open_executor(
     from caltech_hpo.search.messages import WorkerConfig
 
     share = share or workers
-    threads = max(1, (os.cpu_count() or 1) // share) if share > 1 else None
+    threads = max(1, usable_cores() // share) if share > 1 else None
     config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
     executor: Executor
     if cluster is None:

@@ -201,3 +201,14 @@ def test_thinning_spreads_over_the_classes():
     assert {sample.label for sample in thin(samples, 50)} == set(range(10))
     assert len(thin(samples, 300)) == 300
     assert thin(samples[:5], 50) == tuple(samples[:5])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_only_cores_that_the_process_may_use_count():
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert decode.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert decode.usable_cores() == len(mine)

@@ -6,7 +6,7 @@ import pytest
 
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
-from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialStarted
+from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialResumed, TrialStarted
 from caltech_hpo.search.forecast import Costs, Forecaster, draw
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
@@ -102,6 +102,19 @@ def test_hand_tuned_rows_run_whole_and_once():
     assert Forecaster(spec, done, costs()).forecast(2).seconds == pytest.approx(1 + 50 * 2, rel=0.05)
     none = Forecaster(spec, [], costs(), baselines=False, pruning=False).forecast(2)
     assert none.seconds == pytest.approx(2 * (1 + 10 * 2), rel=0.05)
+
+
+def test_what_waits_and_what_was_left_come_first_with_their_own_epochs():
+    waiting = record(0, 0, "waiting").model_copy(update={"params": {"epochs": 50}, "recipe": None})
+    left = record(1, 4, "running").model_copy(update={"params": {"epochs": 30}})
+    asked = Forecaster(SPEC, [waiting, left], costs(), pruning=False)
+    found = asked.forecast(3)
+    assert (found.trials, found.epochs) == (3, (50 + 26 + 10) / 3)
+    assert found.seconds == pytest.approx(3 * 1 + (50 + 26 + 10) * 2, rel=0.05)
+    assert asked.forecast(1).epochs == 50
+    asked.handle(TrialResumed(1, {"epochs": 30}, 30, 4, ""))
+    assert asked.forecast(3).epochs == 30  # of what has not begun
+    assert asked.forecast(3).seconds == pytest.approx(2 * 1 + (50 + 26 + 10) * 2, rel=0.05)
 
 
 def test_frozen_prefixes_are_computed_once():
