@@ -98,4 +98,5 @@ SEARCHABLE: dict[str, type[FloatRange] | type[IntRange] | None] = {
     "frozen_blocks": IntRange,
     "dropout": FloatRange,
     "ema": FloatRange,
+    "init": None,
 }

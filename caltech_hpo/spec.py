@@ -20,6 +20,7 @@ from caltech_hpo.terms import (
     AugmentationName,
     FitOn,
     Freeze,
+    InitName,
     OptimizerName,
     Precision,
     ScheduleName,
@@ -39,7 +40,8 @@ class Hyperparameters(Frozen):
     distributions (both above 0: half of the images each), `erasing` a probability, `color_jitter`
     the largest relative change of brightness, contrast and saturation, `smallest_area` the least
     share of an image that a random resized crop shows, `ema` the decay of the averaged weights a
-    step. `dropout` None is the architecture's own. `test_time_flip` scores a second time, over each
+    step. `dropout` None is the architecture's own. `init` "kaiming" draws what no weights file sets by
+    that rule, "default" as the architecture's library does. `test_time_flip` scores a second time, over each
     image and its mirror image.
     """
 
@@ -72,6 +74,7 @@ class Hyperparameters(Frozen):
     dropout: Annotated[FiniteFloat, Field(ge=0, lt=1)] | None = None
     ema: Annotated[FiniteFloat, Field(ge=0, lt=1)] = 0.0
     test_time_flip: bool = False
+    init: InitName = "default"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Hyperparameters:

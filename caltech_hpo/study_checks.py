@@ -63,6 +63,7 @@ def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list
         ("gamma", steps, 'the schedule is never "step"'),
         ("nesterov", "sgd" in values("optimizer"), 'the optimizer is never "sgd"'),
         ("smallest_area", resized, "the augmentation is never a random resized crop"),
+        ("init", recipe.weights == "none", f'weights = "{recipe.weights}"'),
         ("frozen_blocks", not all_frozen, 'freeze = "features" freezes all blocks'),
     ]
     found = [

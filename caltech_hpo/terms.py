@@ -36,6 +36,7 @@ AugmentationName = Literal[
 ]  # fmt: skip
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["step", "cosine", "one_cycle"]
+InitName = Literal["default", "kaiming"]
 Precision = Literal["auto", "bf16", "fp32"]
 FitOn = Literal["train", "train+val"]
 

@@ -239,6 +239,8 @@ def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
         ({"smallest_area": 0.5}, {"augmentation": ("center_crop", "random_resized_crop")}, []),
         ({"weights": "imagenet", "freeze": "features", "frozen_blocks": 2}, {}, ["recipe.frozen_blocks"]),
         ({"freeze": "features"}, {}, ["recipe.freeze"]),
+        ({"init": "kaiming"}, {}, []),
+        ({"weights": "imagenet"}, {"init": ("default", "kaiming")}, ["space.init"]),
         ({}, {"frozen_blocks": (0, 2)}, ["space.frozen_blocks"]),
     ],
 )

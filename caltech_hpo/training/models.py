@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.terms import TIMM
+from caltech_hpo.terms import TIMM, InitName
 from caltech_hpo.training.architectures import architecture_info
 from caltech_hpo.training.timm_models import (
     LITE0,
@@ -37,16 +37,19 @@ class DropoutLinear(nn.Linear):
 
 
 def build_model(
-    architecture: str, weights: str, classes: int, *, seed: int, dropout: float | None = None
-) -> nn.Module:
+    architecture: str, weights: str, classes: int, *, seed: int, dropout: float | None = None,
+    init: InitName = "default",
+) -> nn.Module:  # fmt: skip
     """The architecture with a new head of `classes` outputs; input (n, 3, crop, crop).
 
-    Every parameter that no weights file sets is drawn from `seed`. `dropout` replaces the rates of the
+    Every parameter that no weights file sets is drawn from `seed`, by the rule `init`. `dropout` replaces the rates of the
     architecture's dropouts, or puts one before the head where it has none. Raises WeightsError.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the libraries' initialisation knows only the global generator
         model = untrained(architecture, classes)
+        if init == "kaiming":
+            kaiming(model, model.get_submodule(architecture_info(architecture).head))
     if weights != NO_WEIGHTS:
         state, source = read_weights(architecture, weights)
         load_backbone(model, state, architecture_info(architecture).head, source)
@@ -66,6 +69,20 @@ def untrained(architecture: str, classes: int) -> nn.Module:
     # weights=None: nothing is fetched here; transform_input and aux heads are not involved.
     model: nn.Module = models.get_model(architecture, weights=None, num_classes=classes)
     return model
+
+
+def kaiming(model: nn.Module, head: nn.Module) -> None:
+    """Draws every convolution and linear layer but the head anew, so that ReLUs keep their signal.
+
+    He et al. 2015, https://arxiv.org/abs/1502.01852. AlexNet has neither that nor batch norm in
+    torchvision: with torch's own rule each layer hands on a sixth of the variance, and the first epochs
+    learn nothing. ResNet and VGG begin so by themselves, but for the side that is counted.
+    """
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer is not head:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def check_input(model: nn.Module, architecture: str, crop: int) -> None:

@@ -40,7 +40,7 @@ def model_for(recipe: Recipe, device: torch.device) -> nn.Module:
         )
     model = build_model(
         recipe.architecture, recipe.weights, recipe.classes,
-        seed=derive_seed(recipe.seed, "weights"), dropout=recipe.dropout,
+        seed=derive_seed(recipe.seed, "weights"), dropout=recipe.dropout, init=recipe.init,
     )  # fmt: skip
     apply_freeze(model, recipe)
     train_depthwise_in_fp32(model, device, resolve_precision(recipe.precision, device))

@@ -9,11 +9,12 @@ from torch import nn
 from torchvision import models
 
 from caltech_hpo.errors import UsageError, WeightsError
-from caltech_hpo.spec import Hyperparameters
+from caltech_hpo.spec import Hyperparameters, Recipe
 from caltech_hpo.terms import BLOCKS
 from caltech_hpo.training.architectures import ARCHITECTURES, architecture_info
 from caltech_hpo.training.freezing import apply_freeze, split_frozen, training_mode
 from caltech_hpo.training.models import build_model, check_input, imagenet_file, set_dropout, weights_sha256
+from caltech_hpo.training.prepare import model_for
 from caltech_hpo.training.summary import summarize
 
 SMALL = "resnet18"  # the quickest to build
@@ -73,6 +74,24 @@ def test_weights_come_from_the_seed_alone():
     assert torch.equal(one.fc.weight, two.fc.weight)
     assert not torch.equal(one.fc.weight, three.fc.weight)
     assert one.fc.weight.shape == (5, 512)
+
+
+def test_kaiming_lets_the_signal_through_to_the_head():
+    """Of images with variance 1, AlexNet's last features: torchvision's own rule leaves next to nothing."""
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain, ours = (
+        build_model("alexnet", "none", 5, seed=0, init=init).eval() for init in ("default", "kaiming")
+    )
+    with torch.inference_mode():
+        faint, kept = (model.classifier[:6](model.features(images).mean((2, 3)).repeat_interleave(36, 1)).std()
+                       for model in (plain, ours))  # fmt: skip
+    assert faint < 0.05 < 0.3 < kept < 3
+    assert torch.equal(
+        ours.classifier[6].weight, build_model("alexnet", "none", 5, seed=0).classifier[6].weight
+    )
+    assert not ours.features[0].bias.any() and plain.features[0].bias.any()
+    recipe = Recipe(architecture="alexnet", init="kaiming", classes=5, data="x")
+    assert not model_for(recipe, torch.device("cpu")).features[0].bias.any()
 
 
 @pytest.mark.parametrize(
