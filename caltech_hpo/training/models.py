@@ -42,8 +42,9 @@ def build_model(
 ) -> nn.Module:  # fmt: skip
     """The architecture with a new head of `classes` outputs; input (n, 3, crop, crop).
 
-    Every parameter that no weights file sets is drawn from `seed`, by the rule `init`. `dropout` replaces the rates of the
-    architecture's dropouts, or puts one before the head where it has none. Raises WeightsError.
+    Every parameter that no weights file sets is drawn from `seed`, by the rule `init`. `dropout` replaces
+    the rates of the architecture's dropouts, or puts one before the head where it has none. Raises
+    WeightsError.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the libraries' initialisation knows only the global generator
