@@ -15,6 +15,7 @@ from typing import Any
 
 from caltech_hpo.errors import StorageError
 from caltech_hpo.search.urls import parse_url, sqlite_path
+from caltech_hpo.study_files import base_name
 
 Check = Callable[[], None]
 # Before a study's name, which never begins with "+": what else than its search holds a lock.
@@ -63,12 +64,22 @@ def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
             yield no_check
 
 
+def final_lock_of(study: str) -> str:
+    """The lock of `final`: one for NAME and all NAME@2, so that not two of them take the first test score."""
+    return FINAL + base_name(study)
+
+
 @contextlib.contextmanager
-def all_locks(url: str, home: Path, name: str) -> Iterator[None]:
-    """Holds what a study's search, `confirm` and `final` hold. Raises StorageError if one of them runs."""
+def all_locks(url: str, home: Path, *studies: str) -> Iterator[None]:
+    """Holds what the studies' search, `confirm` and `final` hold. Raises StorageError if one of them runs."""
+    wanted = {}
+    for study in studies:
+        wanted[study] = f"search on study '{study}'"
+        wanted[CONFIRM + study] = f"confirm of study '{study}'"
+        wanted[final_lock_of(study)] = f"final training of study '{base_name(study)}'"
     with contextlib.ExitStack() as stack:
-        for kind, what in (("", "search on"), (CONFIRM, "confirm of"), (FINAL, "final training of")):
-            stack.enter_context(study_lock(url, home, kind + name, f"{what} study '{name}'"))
+        for name, what in wanted.items():
+            stack.enter_context(study_lock(url, home, name, what))
         yield
 
 

@@ -198,8 +198,7 @@ def upgrade(url: str, home: Path, backups: Path, *, progress: Progress | None = 
             f"{shown(url)}: its schema {before} is newer than this Optuna's", "pip install --upgrade optuna"
         )
     with contextlib.ExitStack() as locks:
-        for name in sorted(_names(storage)):
-            locks.enter_context(all_locks(url, home, name))
+        locks.enter_context(all_locks(url, home, *sorted(_names(storage))))
         locks.enter_context(study_lock(url, home, SERVE, "serve on this database"))
         copy = None
         if sqlite_path(url) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -217,8 +218,9 @@ def test_two_calls_cannot_both_be_the_first(place):
     with pytest.raises(UsageError, match="was used before"):
         take(other)
     assert take(one, "before") == first
-    with final_lock(one), pytest.raises(StorageError, match="another final training of study 'demo'"):
-        take(one)
+    for plan in (one, replace(one, study="demo@2")):  # a repetition's score would be the second, too
+        with final_lock(one), pytest.raises(StorageError, match="another final training of study 'demo'"):
+            take(plan)
 
 
 def test_seeds_are_the_trials_own_and_the_next_and_each_is_taken_once(place):

@@ -15,7 +15,7 @@ import pytest
 from made_studies import searched
 
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.locks import CONFIRM, FINAL, SERVE, study_lock
+from caltech_hpo.search.locks import CONFIRM, FINAL, SERVE, all_locks, holders_of, study_lock
 from caltech_hpo.search.maintenance import backup, examine, upgrade
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.storage import open_storage, stored_study
@@ -135,6 +135,15 @@ def older(home):
     command.downgrade(storage._version_manager._create_alembic_config(), "v3.0.0.c")
     storage.engine.dispose()
     return home
+
+
+def test_a_study_and_its_repetition_have_one_lock_of_final(tmp_path):
+    url = default_url(tmp_path)
+    with all_locks(url, tmp_path, "demo", "demo@2", "other"):
+        for name in ("demo", "demo@2", CONFIRM + "demo@2", FINAL + "demo", FINAL + "other"):
+            with pytest.raises(StorageError, match="is running"), study_lock(url, tmp_path, name, "search"):
+                pass
+    assert not holders_of(url, tmp_path, ["demo", FINAL + "demo"])
 
 
 def test_an_older_schema_is_upgraded_on_command_only(older):
