@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,7 @@ from caltech_hpo.cli.options import (
     progress_bars,
     say,
 )
-from caltech_hpo.errors import UsageError
+from caltech_hpo.errors import CaltechHpoError, UsageError
 
 if TYPE_CHECKING:
     from caltech_hpo.cli.display import ProgressBars
@@ -35,7 +35,7 @@ MODELS = ("alexnet", "resnet18", "vgg16")
 # What the study is for whose wall time --workers measures, and how many trials it has.
 STUDY, TRIALS = "alexnet-scratch", 40
 ON_A_GPU = "1,2,4"
-STUDY_SECONDS = 45.0
+STUDY_SECONDS = 20.0
 
 
 LEAST_SECONDS = 10.0  # of --reporters
@@ -167,7 +167,7 @@ def run_speed(
     from caltech_hpo.search.request import SearchRequest
     from caltech_hpo.search.run import locate_data
     from caltech_hpo.study_files import load_study
-    from caltech_hpo.training.device import resolve_device
+    from caltech_hpo.training.device import describe_device, resolve_device
 
     found_device = resolve_device(device)
     device, on_gpu = str(found_device), found_device.type == "cuda"
@@ -179,13 +179,15 @@ def run_speed(
         size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
         rows += measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars)
-    studies = [
-        measure_study(
-            SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False), place,
-            seconds=STUDY_SECONDS, progress=bars,
-        )
-        for count in counts
-    ]  # fmt: skip
+    named = describe_device(found_device)
+    rows = [replace(row, device=named) for row in rows]
+    studies = []
+    for count in counts:
+        request = SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False)
+        try:
+            studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
+        except CaltechHpoError as error:  # what was measured before is not lost with it
+            say(f"{STUDY} with {count} workers: {error}")
     return Measurements(rows, studies, measure_cache(index, values[0].resize, place.cache, bars))
 
 

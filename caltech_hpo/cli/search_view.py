@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from caltech_hpo.spec import EpochResult
 
 ROWS = 12
+FORECAST_EVERY = 0.5  # seconds: a forecast takes milliseconds, for which the workers wait
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SearchView:
         ]
         self._best = max(complete, default=None)
         self._left = "unknown time"
+        self._forecast_next = 0.0
         self._rows: dict[int, _Row] = {}
         self._lines = ProgressBars(console)
 
@@ -72,8 +74,10 @@ class SearchView:
 
         if self._forecaster:
             self._forecaster.handle(event)
-            found = self._forecaster.forecast(self._trials)
-            self._left = duration(found.seconds) if found else self._left
+            if time.monotonic() >= self._forecast_next:
+                found = self._forecaster.forecast(self._trials)
+                self._left = duration(found.seconds) if found else self._left
+                self._forecast_next = time.monotonic() + FORECAST_EVERY
         if isinstance(event, events.TrialStarted):
             self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
             note = f" [baseline {event.baseline}]" if event.baseline else ""

@@ -90,6 +90,8 @@ def measure_speed(
     task = BenchTask(recipe, device, data, training, validation)
     found: dict[tuple[Way, Phase], list[Timing]] = {key: [] for key in WAYS}
     with _measuring(task, "stock") as stock, _measuring(task, "ours") as ours:
+        stock.wait()
+        ours.wait()
         sides = {"stock": stock, "ours": ours}
         for step in range((rounds + 1) * len(WAYS)):
             way, phase = WAYS[step % len(WAYS)]
@@ -143,6 +145,9 @@ class _Side:
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self.problem = connection, ""
+
+    def wait(self) -> None:
+        """Until the process is ready."""
         self._receive()
 
     def measure(self, phase: Phase, seconds: float) -> Timing | None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from caltech_hpo.data.loading import SearchData
     from caltech_hpo.search.records import TrialRecord
 
-PLAN_SECONDS, SEARCH_SECONDS = 60.0, 15.0  # no further kind is timed after them
+PLAN_SECONDS = 60.0  # no further kind is timed after them
+SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 4.0  # likewise, while the other workers wait
 ENOUGH_TRIALS = 3  # finished ones, that say more than timed steps
 MEASURE = -1  # the job's number: no trial has it
 
@@ -122,8 +123,12 @@ def forecaster_for(
         examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
         if examples:
             binding = binding_of(executor, data, request)
-            measured = time_kinds(executor, spec, examples, binding, SEARCH_SECONDS, progress)
-            costs = Costs(measured.times, costs.images)
+            on_gpu = executor.ready.device.startswith("cuda")
+            seconds = SEARCH_SECONDS_GPU if on_gpu else SEARCH_SECONDS
+            times = time_kinds(executor, spec, examples, binding, seconds, progress).times
+            # steps were timed while the others waited: together they share one GPU
+            times = tuple(time.times(request.workers) for time in times) if on_gpu else times
+            costs = Costs(times, costs.images)
     return Forecaster(
         spec, here, costs, pruning=request.pruning, baselines=request.baselines, parallel=request.workers
     )

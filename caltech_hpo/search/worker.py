@@ -19,6 +19,7 @@ import torch
 
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.line import GONE, Line
+from caltech_hpo.search.measuring import measure
 from caltech_hpo.search.messages import (
     EpochDone,
     Failed,
@@ -33,7 +34,6 @@ from caltech_hpo.search.messages import (
     Working,
 )
 from caltech_hpo.spec import EpochResult
-from caltech_hpo.timings import StepTime
 from caltech_hpo.training.best import BestWeights
 from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint
 from caltech_hpo.training.device import (
@@ -54,10 +54,8 @@ from caltech_hpo.training.system_memory import (
     is_out_of_memory,
     keep_freed_memory,
     memory_share,
-    peak_memory,
     release_freed_memory,
 )
-from caltech_hpo.training.timing import time_steps
 from caltech_hpo.training.trained import DESCRIPTION, describe_model
 
 JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
@@ -85,7 +83,6 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     keep_freed_memory(device)
-    torch.backends.cudnn.benchmark = True  # batches have one size: worth choosing the algorithm
     recipe, data = config.recipe, config.data
     # refuses bad weights, and a dropout or frozen blocks that the model has no place for
     model = build_model(
@@ -119,20 +116,23 @@ def run_job(
     `Working` takes no answer. A Measure ends with Measured or Failed. Once `interrupted` says True, the
     training stops after its batch, saves where it is, and is Paused.
     """
+    failed: Failed | None = None
     try:
         if isinstance(job, Job):
             yield from _epochs(job, context, interrupted)
         else:
-            yield from _measure(job, context)
+            yield from measure(job, context)
     except CaltechHpoError as error:
-        yield Failed(job.number, "refused", str(error))
+        failed = Failed(job.number, "refused", str(error))
     except Exception as error:
         full = is_out_of_memory(error)
         message = str(error) if full else traceback.format_exc()
-        yield Failed(job.number, "out of memory" if full else "bug", message)
+        failed = Failed(job.number, "out of memory" if full else "bug", message)
     finally:  # the generator is closed at its last event
         if context.device.type == "cuda":
             release_freed_memory(context.device)
+    if failed:  # not in the handlers, where the error's traceback holds the training's memory
+        yield failed
 
 
 def _epochs(
@@ -158,6 +158,8 @@ def _epochs(
             new = itertools.chain([first] if first else [], results)
             yield from _report(job, context, prepared, state, before, new)
             return
+        del prepared, state, results  # they and the next ones would not fit together
+        release_freed_memory(context.device)
 
 
 def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Prepared]:
@@ -217,22 +219,6 @@ def _written(job: Job, path: Path, what: str, write: Callable[[], None]) -> Iter
         write()
     except OSError as error:
         yield Working(job.number, f"{path.parent}: {error.strerror or error}: {what} is not written", 0, 1)
-
-
-def _measure(job: Measure, context: WorkerContext) -> Generator[JobEvent, bool, None]:
-    started = time.monotonic()
-    times: list[StepTime] = []
-    for number, recipe in enumerate(job.recipes):
-        if times and time.monotonic() - started > job.seconds:
-            break
-        yield Working(job.number, "timing steps", number, len(job.recipes))
-        times.append(
-            time_steps(
-                recipe, context.training, context.validation, context.device, context.memory,
-                features=context.features is not None,
-            )
-        )  # fmt: skip
-    yield Measured(job.number, tuple(times), peak_memory(context.device))
 
 
 def worker_main(connection: Connection, config: WorkerConfig) -> None:

@@ -6,6 +6,7 @@ workers that are started anew for every epoch, float32, NCHW, no compilation.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,13 @@ from caltech_hpo.data.loading import SearchData
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import normalization_for
 from caltech_hpo.training.batch_timing import FEWEST_BATCHES, Batch, Limited, Timing, timed
-from caltech_hpo.training.device import autocast, keep_near, resolve_device, resolve_precision
+from caltech_hpo.training.device import (
+    autocast,
+    keep_near,
+    resolve_device,
+    resolve_precision,
+    try_algorithms,
+)
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train_batches
 from caltech_hpo.training.memory import MicroBatches
@@ -146,7 +153,6 @@ class Ours:
     def __init__(self, task: BenchTask) -> None:
         recipe, self._device = task.recipe, resolve_device(task.device)
         keep_freed_memory(self._device)
-        torch.backends.cudnn.benchmark = True
         splits = keep_near(self._device, task.data.open_training(), task.data.open_validation())
         training, validation = (Split(((split, name),)) for split, name in zip(splits, "ab", strict=True))
         *_, prepared = prepare(recipe, training, validation, self._device)
@@ -155,10 +161,16 @@ class Ours:
         self._prepared = memory.fit(recipe, prepared)
         self._recipe = recipe
         self._state = begin(recipe, self._prepared)
-        self._one = next(self._epoch())
+        self._one = {True: next(self._epoch(training=True)), False: next(self._epoch(training=False))}
+        if self._device.type == "cuda":  # every shape once: the first meeting takes seconds
+            for way in (True, False):
+                self._steps(way, self._epoch(training=way))
 
-    def _epoch(self) -> Iterator[Batch]:
-        return self._prepared.training.training(torch.Generator(), torch.Generator())
+    def _epoch(self, *, training: bool) -> Iterator[Batch]:
+        assert self._prepared.validation is not None, "the bench has both splits"
+        if training:
+            return self._prepared.training.training(torch.Generator(), torch.Generator())
+        return self._prepared.validation.evaluation()
 
     def measure(self, phase: Phase, seconds: float) -> Timing:
         """Epochs one after another until `seconds` have passed, and a few batches at least.
@@ -166,8 +178,9 @@ class Ours:
         A step before them is not timed: a process that was idle is slow at first.
         """
         training = phase.endswith("train")
-        batches = self._repeated(training) if not phase.startswith("floor") else self._same()
-        self._steps(training, [self._one])
+        one = self._one[training]
+        batches = itertools.repeat(one) if phase.startswith("floor") else self._repeated(training)
+        self._steps(training, [one])
         limited = Limited(batches, seconds, self._device)
         self._steps(training, limited)
         return limited.timing()
@@ -179,18 +192,14 @@ class Ours:
             self._evaluate(batches)
 
     def _repeated(self, training: bool) -> Iterator[Batch]:
-        assert self._prepared.validation is not None, "the bench has both splits"
         while True:
-            yield from self._epoch() if training else self._prepared.validation.evaluation()
-
-    def _same(self) -> Iterator[Batch]:
-        while True:
-            yield self._one
+            yield from self._epoch(training=training)
 
     @torch.inference_mode()
     def _evaluate(self, batches: Iterable[Batch]) -> None:
         self._prepared.runs.eval()
-        for inputs, _ in batches:
+        for inputs, labels in batches:
+            try_algorithms(wanted=len(labels) == len(self._one[False][1]))
             with autocast(self._device, resolve_precision(self._recipe.precision, self._device)):
                 self._prepared.runs(inputs)
 

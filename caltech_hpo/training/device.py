@@ -97,6 +97,14 @@ def train_depthwise_in_fp32(model: nn.Module, device: torch.device, precision: P
                 module.__class__ = type(f"{kind.__name__}LearningInFp32", (_LearnsInFp32, kind), {})
 
 
+def try_algorithms(*, wanted: bool) -> None:
+    """Whether cuDNN tries its algorithms on the next shapes that it has not seen, and keeps the fastest.
+
+    Worth its seconds for the batches of an epoch, not for the rest that each epoch ends with.
+    """
+    torch.backends.cudnn.benchmark = wanted
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for a GPU."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from caltech_hpo.spec import EpochResult, Recipe
 from caltech_hpo.terms import Precision
-from caltech_hpo.training.device import autocast, resolve_precision
+from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
 from caltech_hpo.training.sources import Source
@@ -110,6 +110,7 @@ def train_batches(recipe: Recipe, prepared: Prepared, state: TrainingState, batc
     """Gradient steps on the batches; the state counts them and sums the loss over their images."""
     training_mode(prepared.runs, prepared.prefix)
     for inputs, labels in batches:
+        try_algorithms(wanted=len(labels) == recipe.batch_size)
         state.optimizer.zero_grad(set_to_none=True)
         loss = gradients(recipe, prepared, inputs, labels)
         state.optimizer.step()
@@ -168,8 +169,10 @@ def _logits(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """(n, classes) float32 and (n,) int64, both on the CPU."""
-    logits, labels = [], []
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
     for inputs, truth in batches:
+        try_algorithms(wanted=not labels or len(truth) == len(labels[0]))
         with autocast(device, precision):
             logits.append(model(inputs).float())
         labels.append(truth)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.spec import Recipe
-from caltech_hpo.training.device import autocast, resolve_precision
+from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
 from caltech_hpo.training.system_memory import is_out_of_memory, release_freed_memory
@@ -45,11 +45,16 @@ def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
 
     One more copy of what learns is for the optimizer's step, and one is the best epoch's.
     """
-    learning = sum(p.numel() * p.element_size() for p in prepared.model.parameters() if p.requires_grad)
+    learning = learning_bytes(prepared.model)
     every = sum(p.numel() * p.element_size() for p in prepared.runs.parameters())
     copies = 5 if recipe.optimizer == "adamw" else 4
     total = copies * learning + (2 * learning if recipe.ema else 0)
     return total + (every // 2 if resolve_precision(recipe.precision, prepared.device) == "bf16" else 0)
+
+
+def learning_bytes(model: nn.Module) -> int:
+    """The bytes of what learns, and of its gradients."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
@@ -63,6 +68,7 @@ def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
 def _step_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
     precision = resolve_precision(recipe.precision, prepared.device)
     training_mode(prepared.runs, prepared.prefix)
+    try_algorithms(wanted=False)
     with _unchanged(prepared), autocast(prepared.device, precision):
         return saved_bytes(prepared.runs, prepared.training.example(images))
 
@@ -127,19 +133,25 @@ class MicroBatches:
         precision = resolve_precision(recipe.precision, self._device)
         example = prepared.training.example(1)
         training_mode(prepared.runs, prepared.prefix)
+        try_algorithms(wanted=True)
         try:
             with _unchanged(prepared):
                 sizes = (
-                    state_bytes(recipe, prepared),
+                    # less the gradients, which the backward pass makes
+                    state_bytes(recipe, prepared) - learning_bytes(prepared.model),
                     BATCHES_ALIVE * recipe.batch_size * example.nbytes,
                 )
+                before = torch.cuda.memory_allocated(self._device)
                 held = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-                with autocast(self._device, precision):
-                    loss = prepared.runs(prepared.training.example(images)).float().square().mean()
-                loss.backward()
-                torch.cuda.synchronize(self._device)
-                taken = torch.cuda.max_memory_allocated(self._device)
-                del held, loss
+                for _ in range(2):  # in the first one, cuDNN tries algorithms that it then does not take
+                    torch.cuda.reset_peak_memory_stats(self._device)
+                    with autocast(self._device, precision):
+                        loss = prepared.runs(prepared.training.example(images)).float().square().mean()
+                    loss.backward()
+                    torch.cuda.synchronize(self._device)
+                    taken = torch.cuda.max_memory_allocated(self._device) - before
+                    del loss
+                del held
         finally:
             torch.cuda.empty_cache()
         if taken > self._limit:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from caltech_hpo.data.batches import BatchPlan
 from caltech_hpo.errors import WeightsError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import TIMM
@@ -20,6 +21,8 @@ from caltech_hpo.training.features import Split, Step, feature_source
 from caltech_hpo.training.freezing import apply_freeze, split_frozen
 from caltech_hpo.training.models import build_model, weights_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
+
+MOST_SCORED = 512  # images at a time, on a GPU
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -130,5 +133,16 @@ def prepare(
     frozen = parts[0] if parts is not None else None
     yield Prepared(
         model, model, ImageSource(training.images, plan),
-        ImageSource(validation.images, plan) if validation is not None else None, device, frozen,
+        ImageSource(validation.images, scoring_plan(plan)) if validation is not None else None, device,
+        frozen,
     )  # fmt: skip
+
+
+def scoring_plan(plan: BatchPlan) -> BatchPlan:
+    """A GPU is given more images at once where they are only scored.
+
+    Four times as many: without a backward pass, a layer's output is all that is kept.
+    """
+    if plan.device.type != "cuda":
+        return plan
+    return replace(plan, batch_size=max(plan.batch_size, min(4 * plan.batch_size, MOST_SCORED)))

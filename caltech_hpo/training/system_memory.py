@@ -14,6 +14,10 @@ import torch
 # Of the memory that is free when a worker starts; the rest is for what nobody counts.
 USABLE_SHARE = 0.8
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -30,19 +34,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_share(device: torch.device, given: int | None, workers: int) -> int:
-    """Bytes that one of `workers` may use, of `given` or of most of what is free.
+    """Bytes that one of `workers` may use, of `given` or of most of what is free, beside what it has.
 
-    CUDA is told, and then refuses more by itself.
+    CUDA is told, and then refuses more by itself: cuDNN, which tries its algorithms with as much memory as
+    it gets, must not take what is other workers'.
     """
     share = (int(USABLE_SHARE * free_memory(device)) if given is None else given) // workers
-    if device.type == "cuda" and given is not None:
+    if device.type == "cuda" and (given is not None or workers > 1):
         whole = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share / whole), device)
+        fraction = (share + torch.cuda.memory_reserved(device)) / whole
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction), device)
     return share
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has taken so far: the GPU's, on one, else resident ones."""
+    """The most bytes that this process has taken: resident ones; a GPU's since `MicroBatches` last looked."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -73,5 +79,5 @@ def release_freed_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a training ran out of memory: torch's CPU allocator has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether a training ran out of memory: neither torch's CPU allocator nor cuDNN has its own exception."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -142,17 +142,17 @@ def test_pieces_of_a_batch_go_on_too(splits, tmp_path):
 def first_epoch_saved(made, splits, device):
     *_, prepared = prepare(made, *splits, device)
     state = begin(made, prepared)
-    running = train(made, prepared, state)
-    next(running)
+    next(train(made, prepared, state))
+    saved = capture(state, prepared)  # before anything else is drawn
     *_, again = prepare(made, *splits, device)
     restored = begin(made, again)
-    restore(restored, made, again, *capture(state, prepared))
-    return running, again, restored
+    restore(restored, made, again, *saved)
+    return again, restored
 
 
 def test_what_the_optimizer_remembers_lies_as_its_weights_do(splits):
     """The fused steps on a GPU refuse anything else, and convolutions lie in channels_last."""
-    *_, restored = first_epoch_saved(recipe(epochs=2), splits, CPU)
+    _, restored = first_epoch_saved(recipe(epochs=2), splits, CPU)
     kinds = set()
     for parameter, values in restored.optimizer.state.items():
         for value in values.values():
@@ -165,11 +165,12 @@ def test_what_the_optimizer_remembers_lies_as_its_weights_do(splits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", RECIPES, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_on_a_gpu_it_goes_on_too(splits, changes):
-    made = recipe(**changes)
-    running, again, restored = first_epoch_saved(made, splits, torch.device("cuda"))
-    rest, resumed = list(running), list(train(made, again, restored))
-    for one, other in zip(rest, resumed, strict=True):
-        assert one.training_loss == pytest.approx(other.training_loss, rel=1e-2)
+    made, device = recipe(**changes), torch.device("cuda", 0)
+    *_, prepared = prepare(made, *splits, device)
+    whole = list(train(made, prepared))
+    resumed = list(train(made, *first_epoch_saved(made, splits, device)))
+    for one, other in zip(whole[1:], resumed, strict=True):
+        assert one.training_loss == pytest.approx(other.training_loss, rel=5e-2)
 
 
 def test_only_what_changes_is_saved(splits):

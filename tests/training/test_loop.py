@@ -20,10 +20,11 @@ from caltech_hpo.training.device import (
     train_depthwise_in_fp32,
 )
 from caltech_hpo.training.features import Split
-from caltech_hpo.training.loop import evaluate, train
+from caltech_hpo.training.loop import evaluate, train, train_batches
 from caltech_hpo.training.models import build_model
 from caltech_hpo.training.prepare import Prepared, derive_seed, model_for, prepare
 from caltech_hpo.training.sources import ImageSource, plan_for
+from caltech_hpo.training.state import begin
 
 CPU = torch.device("cpu")
 
@@ -161,3 +162,12 @@ def test_training_on_a_gpu(data):
     *_, ready = prepare(made, training, validation, device)
     epochs = list(train(made, ready))
     assert epochs[-1].training_loss < epochs[0].training_loss
+    state = begin(made, ready)
+    torch.cuda.set_sync_debug_mode("error")  # nothing waits for the GPU between batches
+    try:
+        train_batches(made, ready, state, ready.training.training(state.order, state.draws))
+        with torch.inference_mode():
+            for inputs, _ in ready.validation.evaluation():
+                ready.runs(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -204,11 +204,13 @@ print(first, second, held - resident())
 
 @pytest.mark.gpu
 def test_a_gpu_is_asked_by_trying(splits):
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     made = recipe(architecture="vgg16", crop=64, batch_size=512)
-    share = memory_share(device, 3 << 30, 1)
-    *_, prepared = prepare(made, *splits, device)
-    fitted = MicroBatches(device, share).fit(made, prepared)
-    assert 1 <= fitted.micro_batch < 512
-    assert len(list(train(made, fitted))) == 2
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    share = memory_share(device, 4 << 30, 1)
+    try:
+        *_, prepared = prepare(made, *splits, device)
+        fitted = MicroBatches(device, share).fit(made, prepared)
+        assert 1 <= fitted.micro_batch < 512
+        assert len(list(train(made, fitted))) == 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
