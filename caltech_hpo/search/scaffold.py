@@ -125,7 +125,7 @@ def _recipe(facts: Facts, model: str, batch: int, epochs: int, *, scratch: bool)
     else:
         lines.append('weights = "imagenet"          # fetched once')
     if scratch and model == "alexnet":
-        lines.append('init = "kaiming"              # without batch norm: else its first epochs learn nothing')
+        lines.append('init = "kaiming"              # no batch norm: else its first epochs learn nothing')
     if scratch:
         lines.append("smallest_area = 0.2")
     elif facts.training >= FEW:
