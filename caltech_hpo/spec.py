@@ -40,9 +40,9 @@ class Hyperparameters(Frozen):
     distributions (both above 0: half of the images each), `erasing` a probability, `color_jitter`
     the largest relative change of brightness, contrast and saturation, `smallest_area` the least
     share of an image that a random resized crop shows, `ema` the decay of the averaged weights a
-    step. `dropout` None is the architecture's own. `init` "kaiming" draws what no weights file sets by
-    that rule, "default" as the architecture's library does. `test_time_flip` scores a second time, over each
-    image and its mirror image.
+    step. `dropout` None is the architecture's own. `init` "kaiming" draws convolutions and linear
+    layers but the head by that rule where there is no weights file. `test_time_flip` scores a second
+    time, over each image and its mirror image.
     """
 
     architecture: Architecture

@@ -74,7 +74,7 @@ class SearchView:
 
         if self._forecaster:
             self._forecaster.handle(event)
-            if time.monotonic() >= self._forecast_next:
+            if isinstance(event, events.TrialEnded) or time.monotonic() >= self._forecast_next:
                 found = self._forecaster.forecast(self._trials)
                 self._left = duration(found.seconds) if found else self._left
                 self._forecast_next = time.monotonic() + FORECAST_EVERY

@@ -30,7 +30,8 @@ TIMING_ERROR = 0.08  # standard deviation of the log: steps timed once are not t
 class Forecast:
     """Seconds until the study has its trials: the median of simulated studies, and the middle 80% of them.
 
-    `epochs` a trial and the share `pruned` are expected; `history` trials have taught it.
+    `epochs` of a trial that has not begun (of one that was left: the rest) and the share `pruned` are
+    expected; `history` trials have taught it.
     """
 
     seconds: float
@@ -102,25 +103,38 @@ class Costs:
 
 @dataclass
 class _Trial:
-    kind: Kind
-    epochs: int
+    """One that runs or will run; `number` is None as long as it has none of its own."""
+
+    values: Hyperparameters
+    number: int | None = None
     done: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.values)
+
+    @property
+    def left(self) -> int:
+        return max(0, self.values.epochs - self.done)
 
 
 class Forecaster:
     """Foretells a study, and learns from each event of its search.
 
-    Trials that wait or were left, and hand-tuned rows, come first, with their own parameters.
+    Trials that were left come first, then those that wait, then hand-tuned rows, with their own parameters.
     """
 
     def __init__(
         self, spec: StudySpec, records: Sequence[TrialRecord], costs: Costs, *, pruning: bool = True,
-        baselines: bool = True, parallel: int = 1,
+        baselines: bool = True, parallel: int = 1, device: str = "",
     ) -> None:  # fmt: skip
-        """`records` are the trials so far; `parallel` trainings run at once, each as `costs` says."""
+        """`records` are the trials so far; `parallel` trainings run at once, each as `costs` says.
+
+        What epochs took on another device than `device` says nothing (empty: on any).
+        """
         # What is seen is added to a copy: others may go on from the same costs.
         self._costs = replace(costs, seen={kind: list(found) for kind, found in costs.seen.items()})
-        self._spec, self._parallel = spec, parallel
+        self._spec, self._parallel, self._device = spec, parallel, device
         self._pruning = pruning and spec.pruner.name != "none"
         self._running: dict[int, _Trial] = {}
         self._ends: list[tuple[bool, float]] = []  # of each finished trial: pruned?, share of its epochs run
@@ -129,9 +143,9 @@ class Forecaster:
             self._learn(record)
         tried = {record.baseline for record in records}
         rows = [row.params for row in spec.baselines if row.name not in tried] if baselines else []
-        waiting = [record for record in records if record.state in ("waiting", "running")]
-        self._queued = [(self._values(record.params), len(record.epochs)) for record in waiting]
-        self._queued += [(self._values(params), 0) for params in rows]
+        waiting = [record for state in ("running", "waiting") for record in records if record.state == state]
+        self._queued = [self._left(record) for record in waiting]
+        self._queued += [_Trial(self._values(params)) for params in rows]
         self._params = draw(spec, DRAWN)
         self._drawn = [self._values(params) for params in self._params]
         self._kinds = [kind_of(values) for values in self._drawn]
@@ -140,23 +154,28 @@ class Forecaster:
     def _values(self, params: dict[str, Any]) -> Hyperparameters:
         return self._spec.recipe.model_copy(update=params)
 
+    def _left(self, record: TrialRecord) -> _Trial:
+        if record.state == "running" and record.recipe is None:  # it is queued again, under another number
+            return _Trial(self._values(record.params))
+        return _Trial(record.recipe or self._values(record.params), record.number, len(record.epochs))
+
     def _learn(self, record: TrialRecord) -> None:
         finished = record.state in ("complete", "pruned")
         self._finished += finished
         if record.recipe is None or not record.epochs:
             return
-        kind = kind_of(record.recipe)
-        self._costs.seen.setdefault(kind, []).extend(result.seconds for result in record.epochs)
+        if not self._device or record.device in ("", self._device):
+            seen = self._costs.seen.setdefault(kind_of(record.recipe), [])
+            seen.extend(result.seconds for result in record.epochs)
         if finished and not record.baseline:
             self._ends.append((record.state == "pruned", len(record.epochs) / record.recipe.epochs))
 
     def handle(self, event: SearchEvent) -> None:
         """Takes in one event of the search."""
         if isinstance(event, (TrialStarted, TrialResumed)):
-            values = self._values(event.params)
-            self._queued = [(other, done) for other, done in self._queued if other != values]
-            done = event.done if isinstance(event, TrialResumed) else 0
-            self._running[event.number] = _Trial(kind_of(values), event.epochs, done)
+            trial = self._running.get(event.number) or self._next(event.number, self._values(event.params))
+            trial.done = event.done if isinstance(event, TrialResumed) else 0
+            self._running[event.number] = trial
         elif isinstance(event, TrialEpoch):
             trial = self._running[event.number]
             trial.done = event.result.epoch
@@ -165,7 +184,15 @@ class Forecaster:
             trial = self._running.pop(event.number)
             if event.state in ("complete", "pruned"):
                 self._finished += 1
-                self._ends.append((event.state == "pruned", trial.done / trial.epochs))
+                self._ends.append((event.state == "pruned", trial.done / trial.values.epochs))
+
+    def _next(self, number: int, values: Hyperparameters) -> _Trial:
+        """The trial that begins, taken out of the queue if it is there."""
+        for trial in self._queued:
+            if trial.number == number or (trial.number is None and trial.values == values):
+                self._queued.remove(trial)
+                return trial
+        return _Trial(values)
 
     def examples(self) -> list[dict[str, Any]]:
         """Parameters of one training of each kind to be expected, the most frequent kind first."""
@@ -192,27 +219,26 @@ class Forecaster:
         left = max(0, trials - self._finished - len(self._running))
         queued, random = self._queued[:left], np.random.default_rng(0)
         drawn = left - len(queued)
-        fixed = sum(self._rest(values, done) for values, done in queued)
-        fixed += sum((t.epochs - t.done) * self._costs.epoch(t.kind) for t in self._running.values())
-        new = set(self._kinds if drawn else []) | {kind_of(values) for values, _ in queued}
+        fixed = sum(self._costs.setup(trial.kind) for trial in queued)
+        fixed += sum(
+            trial.left * self._costs.epoch(trial.kind) for trial in (*queued, *self._running.values())
+        )
+        new = set(self._kinds if drawn else []) | {trial.kind for trial in queued}
         fixed += self._costs.once(new)
         setup, epoch_seconds = self._columns()
         lengths = np.array([values.epochs for values in self._drawn])
         chosen = random.integers(len(lengths), size=(SIMULATED, drawn))
-        pruned, shares = self._simulated_pruning(random, drawn, lengths[chosen])
+        before = self._finished + len(self._running) + len(queued)
+        pruned, shares = self._simulated_pruning(random, before, lengths[chosen])
         epochs = np.maximum(1, np.round(shares * lengths[chosen]))
         seconds = (setup[chosen] + epochs * epoch_seconds[chosen]).sum(1) + fixed
         seconds *= np.exp(random.normal(0, TIMING_ERROR, SIMULATED)) / self._parallel
         low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
-        each = [*(values.epochs - done for values, done in queued), *epochs.mean(0)]
+        each = [*(trial.left for trial in queued), *epochs.mean(0)]
         return Forecast(
             float(middle), float(low), float(high), left, float(np.mean(each)) if left else 0.0,
             float(pruned.mean(0).sum()) / left if left else 0.0, len(self._ends),
         )  # fmt: skip
-
-    def _rest(self, values: Hyperparameters, done: int) -> float:
-        kind = kind_of(values)
-        return self._costs.setup(kind) + (values.epochs - done) * self._costs.epoch(kind)
 
     def _columns(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         known = {kind: (self._costs.setup(kind), self._costs.epoch(kind)) for kind in set(self._kinds)}
@@ -220,9 +246,12 @@ class Forecaster:
         return np.array(setup), np.array(epoch)
 
     def _simulated_pruning(
-        self, random: np.random.Generator, drawn: int, lengths: np.ndarray[Any, Any]
+        self, random: np.random.Generator, before: int, lengths: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Which trials are pruned, and the share of its epochs that each runs; (SIMULATED, drawn) both."""
+        """Which trials are pruned, and the share of its epochs that each runs; (SIMULATED, drawn) both.
+
+        `before` trials of the study come before them.
+        """
         if not self._pruning:
             return np.zeros(lengths.shape, bool), np.ones(lengths.shape)
         early = [share for was_pruned, share in self._ends if was_pruned]
@@ -232,7 +261,7 @@ class Forecaster:
         else:
             chance = random.beta(ASSUMED_PRUNED, ASSUMED_KEPT, (SIMULATED, 1))
         pruned = random.random(lengths.shape) < chance
-        pruned[:, : max(0, self._spec.pruner.startup_trials - self._finished)] = False
+        pruned[:, : max(0, self._spec.pruner.startup_trials - before)] = False
         warmup = np.minimum(1.0, self._spec.pruner.warmup_epochs / lengths)
         stops = warmup + ASSUMED_DELAY * (1 - warmup) * random.random(lengths.shape)
         if early:

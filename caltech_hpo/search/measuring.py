@@ -30,5 +30,5 @@ def measure(job: Measure, context: WorkerContext) -> Generator[Working | Measure
                 features=context.features is not None,
             )
         )  # fmt: skip
-        peak = max(peak, peak_memory(context.device))
+        peak = max(peak, context.memory.peak, peak_memory(context.device))
     yield Measured(job.number, tuple(times), peak)

@@ -10,7 +10,7 @@ from caltech_hpo.data.cache import Progress
 from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.forecast import Costs, Forecast, Forecaster
 from caltech_hpo.search.messages import Died, Failed, Measure, Measured, Working
-from caltech_hpo.search.request import Place, Say, SearchRequest, silent
+from caltech_hpo.search.request import Place, Say, SearchRequest, sharing, silent
 from caltech_hpo.search.space import Binding, recipe_for
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.timings import StepTime
@@ -81,7 +81,9 @@ def make_plan(
         )
     images = split_sizes(data)
     costs = Costs(times, images)
-    forecaster = Forecaster(spec, records, costs, pruning=request.pruning, baselines=request.baselines)
+    forecaster = Forecaster(
+        spec, records, costs, pruning=request.pruning, baselines=request.baselines, device=ready.device
+    )
     forecast = forecaster.forecast(request.trials)
     assert forecast is not None, "kinds were timed"
     views = {
@@ -113,25 +115,29 @@ def split_sizes(data: SearchData) -> tuple[int, int]:
 
 def forecaster_for(
     executor: Executor, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
-    request: SearchRequest, progress: Progress | None,
+    request: SearchRequest, workers: int, progress: Progress | None,
 ) -> Forecaster:  # fmt: skip
-    """What a search shows its time left by. What was trained on this device needs no timing."""
-    costs = Costs((), split_sizes(data))
-    here = [record for record in records if record.device in ("", executor.ready.device)]
+    """What a search by so many `workers` shows its time left by.
+
+    What was trained on this device needs no timing.
+    """
+    costs, device = Costs((), split_sizes(data)), executor.ready.device
+    here = [record for record in records if record.device in ("", device)]
     known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
     if not known and request.subset is None:
         examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
         if examples:
             binding = binding_of(executor, data, request)
-            on_gpu = executor.ready.device.startswith("cuda")
+            on_gpu = device.startswith("cuda")
             seconds = SEARCH_SECONDS_GPU if on_gpu else SEARCH_SECONDS
             times = time_kinds(executor, spec, examples, binding, seconds, progress).times
-            # steps were timed while the others waited: together they share one GPU
-            times = tuple(time.times(request.workers) for time in times) if on_gpu else times
+            if on_gpu:  # the steps were timed while its other workers waited
+                times = tuple(time.times(sharing(workers, request.cluster)) for time in times)
             costs = Costs(times, costs.images)
     return Forecaster(
-        spec, here, costs, pruning=request.pruning, baselines=request.baselines, parallel=request.workers
-    )
+        spec, records, costs, pruning=request.pruning, baselines=request.baselines, parallel=workers,
+        device=device,
+    )  # fmt: skip
 
 
 def time_kinds(

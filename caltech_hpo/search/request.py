@@ -100,6 +100,13 @@ class Cluster:
     cpus: float = 1.0
 
 
+def sharing(workers: int, cluster: Cluster | None) -> int:
+    """How many of the workers have one GPU, or one machine, to share."""
+    if cluster is None or not cluster.gpus:
+        return workers
+    return min(workers, max(1, int(1 / cluster.gpus)))
+
+
 @dataclass(frozen=True)
 class SearchRequest:
     """What `search` was asked to do. `trials` is the study's total of finished trials.

@@ -14,7 +14,16 @@ from caltech_hpo.data.decode import usable_cores
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
 from caltech_hpo.search.locks import Check, study_lock
-from caltech_hpo.search.request import Cluster, Place, Say, SearchRequest, never, resolve_spec, silent
+from caltech_hpo.search.request import (
+    Cluster,
+    Place,
+    Say,
+    SearchRequest,
+    never,
+    resolve_spec,
+    sharing,
+    silent,
+)
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_checks import without_effect
@@ -152,7 +161,7 @@ def _run(
         held_storage.flush()
         binding = binding_of(executor, data, request)
         records = trial_records(study)
-        forecaster = forecaster_for(executor, spec, records, data, request, progress)
+        forecaster = forecaster_for(executor, spec, records, data, request, workers, progress)
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines,
             pruning=request.pruning, checkpoints=place.checkpoints / request.study,
@@ -213,7 +222,8 @@ def open_executor(
         from caltech_hpo.search.ray_executor import RayExecutor
 
         assert mark is not None, "a cluster's workers look for it"
-        executor = RayExecutor(replace(config, threads=max(1, int(cluster.cpus))), workers, cluster, mark)
+        theirs = replace(config, threads=max(1, int(cluster.cpus)), workers=sharing(workers, cluster))
+        executor = RayExecutor(theirs, workers, cluster, mark)
     try:
         yield executor
     finally:

@@ -96,7 +96,8 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         versions=versions(),
         weights_sha256=weights_sha256(recipe.weights, recipe.architecture),
     )
-    training, validation = keep_near(device, data.open_training(), data.open_validation())
+    allowed = None if config.memory is None else config.memory // config.workers
+    training, validation = keep_near(device, data.open_training(), data.open_validation(), allowed=allowed)
     return WorkerContext(
         device,
         Split(((training, data.training_cache.stem),)),

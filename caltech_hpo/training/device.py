@@ -113,12 +113,16 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def keep_near(device: torch.device, *splits: LabeledImages) -> list[Images]:
-    """The splits, copied into a GPU's memory where they take at most a quarter of what is free there."""
+def keep_near(device: torch.device, *splits: LabeledImages, allowed: int | None = None) -> list[Images]:
+    """The splits, copied into a GPU's memory where they take at most a quarter of what is free there.
+
+    Or of the bytes `allowed`, if those are fewer.
+    """
     if device.type != "cuda":
         return list(splits)
     free, _ = torch.cuda.mem_get_info(device)
-    if sum(resident_bytes(split) for split in splits) > RESIDENT_SHARE * free:
+    room = free if allowed is None else min(free, allowed)
+    if sum(resident_bytes(split) for split in splits) > RESIDENT_SHARE * room:
         return list(splits)
     return [make_resident(split, device) for split in splits]
 

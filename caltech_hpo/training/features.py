@@ -26,7 +26,7 @@ from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import Precision
-from caltech_hpo.training.device import autocast
+from caltech_hpo.training.device import autocast, try_algorithms
 from caltech_hpo.training.models import state_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource
 from caltech_hpo.training.timm_models import timm_version
@@ -119,6 +119,7 @@ def _compute(
             with temporary.open("wb") as out:
                 done = 0
                 for pixels, _ in source.evaluation(flipped=flipped):
+                    try_algorithms(wanted=len(pixels) == CHUNK)
                     rows = _rows(prefix, pixels, plan, precision)
                     if not done:
                         _write_header(out, rows, len(images))

@@ -53,7 +53,7 @@ def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
 
 
 def learning_bytes(model: nn.Module) -> int:
-    """The bytes of what learns, and of its gradients."""
+    """The bytes of what learns; its gradients take as many."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
@@ -96,6 +96,7 @@ class MicroBatches:
         self._device, self._limit = device, limit
         self._known: dict[tuple[object, ...], int] = {}
         self._latest: tuple[object, ...] = ()
+        self.peak = 0  # bytes of a GPU taken before an attempt set its count back
 
     def fit(self, recipe: Recipe, prepared: Prepared) -> Prepared:
         """The training with as many images at a time as fit, all of a batch if they do.
@@ -143,6 +144,7 @@ class MicroBatches:
                 )
                 before = torch.cuda.memory_allocated(self._device)
                 held = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated(self._device))
                 for _ in range(2):  # in the first one, cuDNN tries algorithms that it then does not take
                     torch.cuda.reset_peak_memory_stats(self._device)
                     with autocast(self._device, precision):

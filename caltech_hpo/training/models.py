@@ -42,9 +42,9 @@ def build_model(
 ) -> nn.Module:  # fmt: skip
     """The architecture with a new head of `classes` outputs; input (n, 3, crop, crop).
 
-    Every parameter that no weights file sets is drawn from `seed`, by the rule `init`. `dropout` replaces
-    the rates of the architecture's dropouts, or puts one before the head where it has none. Raises
-    WeightsError.
+    Every parameter that no weights file sets is drawn from `seed`; `init` is the rule of convolutions and
+    linear layers but the head. `dropout` replaces the rates of the architecture's dropouts, or puts one
+    before the head where it has none. Raises WeightsError.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the libraries' initialisation knows only the global generator
@@ -77,7 +77,7 @@ def kaiming(model: nn.Module, head: nn.Module) -> None:
 
     He et al. 2015, https://arxiv.org/abs/1502.01852. AlexNet has neither that nor batch norm in
     torchvision: with torch's own rule each layer hands on a sixth of the variance, and the first epochs
-    learn nothing. ResNet and VGG begin so by themselves, but for the side that is counted.
+    learn nothing. ResNet and VGG's convolutions begin so by themselves, but for the side that is counted.
     """
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer is not head:

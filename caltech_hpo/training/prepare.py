@@ -139,10 +139,10 @@ def prepare(
 
 
 def scoring_plan(plan: BatchPlan) -> BatchPlan:
-    """A GPU is given more images at once where they are only scored.
+    """A GPU is given twice as many images at once where they are only scored.
 
-    Four times as many: without a backward pass, a layer's output is all that is kept.
+    That takes less memory than a training step: 0.26 to 0.63 of it in five architectures, counted.
     """
     if plan.device.type != "cuda":
         return plan
-    return replace(plan, batch_size=max(plan.batch_size, min(4 * plan.batch_size, MOST_SCORED)))
+    return replace(plan, batch_size=max(plan.batch_size, min(2 * plan.batch_size, MOST_SCORED)))

@@ -34,16 +34,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_share(device: torch.device, given: int | None, workers: int) -> int:
-    """Bytes that one of `workers` may use, of `given` or of most of what is free, beside what it has.
+    """Bytes that one of `workers` may use beside the images that it has put there by now.
+
+    Of `given`, which counts them, or of most of what is free.
 
     CUDA is told, and then refuses more by itself: cuDNN, which tries its algorithms with as much memory as
     it gets, must not take what is other workers'.
     """
     share = (int(USABLE_SHARE * free_memory(device)) if given is None else given) // workers
     if device.type == "cuda" and (given is not None or workers > 1):
-        whole = torch.cuda.mem_get_info(device)[1]
-        fraction = (share + torch.cuda.memory_reserved(device)) / whole
-        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction), device)
+        images, whole = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+        if given is not None:
+            share = max(0, share - images)  # they are part of what was given, and not of what is free
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (share + images) / whole), device)
     return share
 
 

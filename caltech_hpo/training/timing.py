@@ -12,7 +12,7 @@ from torch import Tensor
 
 from caltech_hpo.spec import Recipe
 from caltech_hpo.timings import StepTime, kind_of, views_of
-from caltech_hpo.training.device import autocast, resolve_precision, synchronize
+from caltech_hpo.training.device import autocast, resolve_precision, synchronize, try_algorithms
 from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
 from caltech_hpo.training.loop import train_batches
 from caltech_hpo.training.memory import MicroBatches, needed_bytes
@@ -102,6 +102,7 @@ def _timed_outputs(
 ) -> tuple[float, Tensor]:
     """Seconds an image that a frozen prefix takes, and its outputs."""
     prefix.eval()
+    try_algorithms(wanted=True)
     seconds = 0.0
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from io import StringIO
 
+import pytest
+from rich.console import Console
+
+from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
 from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialResumed, TrialStarted
 from caltech_hpo.search.forecast import Costs, Forecaster, draw
 from caltech_hpo.search.records import TrialRecord
+from caltech_hpo.search.request import Cluster, sharing
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
 from caltech_hpo.study_files import load_study
 from caltech_hpo.timings import CONCAT_COPIES, Kind, StepTime, kind_of, views_of
@@ -106,15 +111,61 @@ def test_hand_tuned_rows_run_whole_and_once():
 
 def test_what_waits_and_what_was_left_come_first_with_their_own_epochs():
     waiting = record(0, 0, "waiting").model_copy(update={"params": {"epochs": 50}, "recipe": None})
-    left = record(1, 4, "running").model_copy(update={"params": {"epochs": 30}})
+    left = record(1, 4, "running")
+    own = left.recipe.model_copy(update={"epochs": 30})  # the study's file may say another number by now
+    left = left.model_copy(update={"recipe": own})
     asked = Forecaster(SPEC, [waiting, left], costs(), pruning=False)
     found = asked.forecast(3)
     assert (found.trials, found.epochs) == (3, (50 + 26 + 10) / 3)
     assert found.seconds == pytest.approx(3 * 1 + (50 + 26 + 10) * 2, rel=0.05)
-    assert asked.forecast(1).epochs == 50
-    asked.handle(TrialResumed(1, {"epochs": 30}, 30, 4, ""))
+    assert asked.forecast(1).epochs == 26
+    asked.handle(TrialResumed(1, {}, 30, 4, ""))
     assert asked.forecast(3).epochs == 30  # of what has not begun
     assert asked.forecast(3).seconds == pytest.approx(2 * 1 + (50 + 26 + 10) * 2, rel=0.05)
+    asked.handle(TrialResumed(1, {}, 30, 4, ""))  # its worker died
+    assert asked.forecast(3).trials == 2
+
+
+def test_of_two_equal_trials_one_begins():
+    spec = SPEC.model_copy(update={"baselines": (Baseline(name="a", params={"epochs": 50}),)})
+    waiting = record(0, 0, "waiting").model_copy(update={"params": {"epochs": 50}, "recipe": None})
+    asked = Forecaster(spec, [waiting], costs(), pruning=False)
+    asked.handle(TrialStarted(0, {"epochs": 50}, 50, ""))
+    assert asked.forecast(2).epochs == 50
+    asked.handle(TrialStarted(1, {"epochs": 50}, 50, "a"))
+    assert asked.forecast(3).epochs == 10
+
+
+def test_trials_of_another_device_count_but_tell_no_times():
+    there = [record(n, 10, seconds=99.0).model_copy(update={"device": "cuda:0"}) for n in range(3)]
+    found = Forecaster(SPEC, there, costs(), pruning=False, device="cpu").forecast(5)
+    assert (found.trials, found.history) == (2, 3)
+    assert found.seconds == pytest.approx(2 * (1 + 10 * 2), rel=0.05)
+
+
+def test_who_waits_counts_for_the_pruners_start():
+    spec = SPEC.model_copy(update={"pruner": PrunerSpec(startup_trials=5, warmup_epochs=2)})
+    waiting = [record(n, 0, "waiting").model_copy(update={"recipe": None}) for n in range(5)]
+    assert Forecaster(spec, waiting, costs()).forecast(10).pruned > 0.1
+
+
+def test_what_is_shown_is_right_when_a_trial_has_ended():
+    """Epochs that come in a burst are not each worth a forecast; the end of a trial is."""
+    console = Console(file=StringIO(), width=200)
+    forecaster = Forecaster(SPEC, [], costs(), pruning=False)
+    view = SearchView(console, "demo", 1, [], forecaster)
+    view.handle(TrialStarted(0, {}, 10, ""))
+    for result in record(0, 10).epochs:
+        view.handle(TrialEpoch(0, result, 0.5))
+    assert view._left != "0 s"
+    view.handle(TrialEnded(0, "complete", 0.5, "finished"))
+    assert view._left == "0 s" and "trial 0 complete" in console.file.getvalue()
+
+
+def test_workers_of_a_cluster_share_a_gpu_by_their_shares():
+    assert sharing(8, None) == sharing(8, Cluster()) == 8
+    assert sharing(64, Cluster(gpus=0.25)) == 4 and sharing(2, Cluster(gpus=0.25)) == 2
+    assert sharing(64, Cluster(gpus=2.0)) == 1
 
 
 def test_frozen_prefixes_are_computed_once():

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import write_folders
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caltech_hpo.data.batches import HALF, BatchPlan
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
@@ -28,8 +30,8 @@ from caltech_hpo.training.memory import (
     needed_bytes,
     with_micro_batch,
 )
-from caltech_hpo.training.prepare import prepare
-from caltech_hpo.training.system_memory import free_memory, memory_share
+from caltech_hpo.training.prepare import prepare, scoring_plan
+from caltech_hpo.training.system_memory import free_memory, is_out_of_memory, memory_share
 
 CPU = torch.device("cpu")
 MANY = 1 << 50
@@ -154,6 +156,30 @@ def test_the_estimate_grows_with_images_and_what_learns(splits):
         assert needed_bytes(made, ready(made, splits), images) > base
     frozen = recipe(freeze="features")
     assert needed_bytes(frozen, ready(frozen, splits), 8) < base
+
+
+def test_a_gpu_is_told_what_a_worker_may_take(monkeypatch):
+    told = []
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (800, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)  # the images
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given))
+    assert memory_share(gpu, None, 1) == 640 and not told  # alone: cuDNN may try what it likes
+    assert memory_share(gpu, None, 4) == 160 and told.pop() == (0.26, gpu)
+    assert memory_share(gpu, 800, 4) == 100 and told.pop() == (0.2, gpu)  # 200 with the images
+    assert memory_share(gpu, 100, 4) == 0 and told.pop() == (0.1, gpu)
+
+
+def test_every_word_for_too_little_memory_is_known():
+    for words in ("CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"):
+        assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("CUDNN_STATUS_BAD_PARAM"))
+
+
+def test_a_gpu_scores_larger_batches():
+    on = {name: BatchPlan(64, 32, HALF, torch.device(name)) for name in ("cpu", "cuda")}
+    assert [scoring_plan(plan).batch_size for plan in on.values()] == [64, 128]
+    assert scoring_plan(replace(on["cuda"], batch_size=1024)).batch_size == 1024
 
 
 def test_workers_share_what_is_free(tmp_path, monkeypatch):
