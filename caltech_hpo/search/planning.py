@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.cache import Progress
+from caltech_hpo.search.costs import Costs
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.forecast import Costs, Forecast, Forecaster
+from caltech_hpo.search.forecast import Forecast, Forecaster
 from caltech_hpo.search.messages import Died, Failed, Measure, Measured, Working
 from caltech_hpo.search.request import Place, Say, SearchRequest, sharing, silent
 from caltech_hpo.search.space import Binding, recipe_for

@@ -10,8 +10,9 @@ from rich.console import Console
 from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
+from caltech_hpo.search.costs import Costs
 from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialResumed, TrialStarted
-from caltech_hpo.search.forecast import Costs, Forecaster, draw
+from caltech_hpo.search.forecast import Forecaster, draw
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.request import Cluster, sharing
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
