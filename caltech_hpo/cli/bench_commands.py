@@ -179,6 +179,7 @@ def run_speed(
         size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
         rows += measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars)
+    place = replace(place, data=index.root)  # found once: the studies have homes of their own
     named = describe_device(found_device)
     rows = [replace(row, device=named) for row in rows]
     studies = []

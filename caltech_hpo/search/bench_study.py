@@ -30,18 +30,17 @@ class StudySpeed:
 
 
 def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
-    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready."""
+    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready.
+
+    `place.data` must say where the images are: a home of its own has none.
+    """
     from caltech_hpo.search.events import TrialEnded, TrialEpoch
-    from caltech_hpo.search.run import locate_data, open_search
+    from caltech_hpo.search.run import open_search
     from caltech_hpo.search.urls import default_url
-    from caltech_hpo.study_files import load_study
 
     place.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.cache) as name:
-        own = replace(
-            place, home=Path(name), storage=default_url(Path(name)), scratch=place.home,
-            data=locate_data(load_study(request.study), place),
-        )  # fmt: skip
+        own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
         with open_search(request, own) as opened:
             begin = time.perf_counter()
             epochs = finished = 0
