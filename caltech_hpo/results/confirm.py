@@ -24,7 +24,7 @@ from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, Began, searched_data, seeded, train_each
-from caltech_hpo.search.locks import CONFIRM, study_lock
+from caltech_hpo.search.locks import confirm_lock
 from caltech_hpo.search.messages import EpochDone, Job
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
@@ -118,7 +118,7 @@ def open_confirm(
     if len(chosen) < finalists:
         say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
     recipes = {record.number: record.recipe for record in records}
-    with study_lock(place.storage, place.home, CONFIRM + name, f"confirm of study '{name}'"):
+    with confirm_lock(place.storage, place.home, name):
         storage = open_storage(place.storage)
         before, stored = requests(storage, name), runs(storage, name)
         earlier = before[0].seeds if before else ()

@@ -24,10 +24,10 @@ from caltech_hpo.results.model_files import WEIGHTS, publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
-from caltech_hpo.search.locks import Check, final_lock_of, study_lock
+from caltech_hpo.search import locks
+from caltech_hpo.search.locks import Check
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.spec import EpochResult
-from caltech_hpo.study_files import base_name
 from caltech_hpo.training.checkpoint_files import remove_checkpoint
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 def final_lock(plan: FinalPlan) -> AbstractContextManager[Check]:
     """One `final` of a study and its repetitions at a time. Raises StorageError while another one runs."""
-    what = f"final training of study '{base_name(plan.study)}'"
-    return study_lock(plan.place.storage, plan.place.home, final_lock_of(plan.study), what)
+    return locks.final_lock(plan.place.storage, plan.place.home, plan.study)
 
 
 def taken_meanwhile(plan: FinalPlan) -> FinalResult | None:

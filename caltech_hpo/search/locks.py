@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,34 @@ def study_lock(url: str, home: Path, name: str, what: str) -> Iterator[Check]:
             yield no_check
 
 
-def final_lock_of(study: str) -> str:
-    """The lock of `final`: one for NAME and all NAME@2, so that not two of them take the first test score."""
-    return FINAL + base_name(study)
+def search_lock(url: str, home: Path, study: str) -> AbstractContextManager[Check]:
+    """Holds the lock of a study's search, as `study_lock` does."""
+    return study_lock(url, home, study, f"search on study '{study}'")
+
+
+def confirm_lock(url: str, home: Path, study: str) -> AbstractContextManager[Check]:
+    """Holds the lock of a study's `confirm`, as `study_lock` does."""
+    return study_lock(url, home, CONFIRM + study, f"confirm of study '{study}'")
+
+
+def final_lock(url: str, home: Path, study: str) -> AbstractContextManager[Check]:
+    """Holds the lock of `final`, as `study_lock` does.
+
+    NAME and all NAME@2 have one, so that not two of them take the first test score.
+    """
+    base = base_name(study)
+    return study_lock(url, home, FINAL + base, f"final training of study '{base}'")
 
 
 @contextlib.contextmanager
 def all_locks(url: str, home: Path, *studies: str) -> Iterator[None]:
     """Holds what the studies' search, `confirm` and `final` hold. Raises StorageError if one of them runs."""
-    wanted = {}
-    for study in studies:
-        wanted[study] = f"search on study '{study}'"
-        wanted[CONFIRM + study] = f"confirm of study '{study}'"
-        wanted[final_lock_of(study)] = f"final training of study '{base_name(study)}'"
     with contextlib.ExitStack() as stack:
-        for name, what in wanted.items():
-            stack.enter_context(study_lock(url, home, name, what))
+        for study in studies:
+            stack.enter_context(search_lock(url, home, study))
+            stack.enter_context(confirm_lock(url, home, study))
+        for base in dict.fromkeys(map(base_name, studies)):
+            stack.enter_context(final_lock(url, home, base))
         yield
 
 

@@ -13,7 +13,7 @@ from caltech_hpo.data.dataset import DatasetIndex, scan
 from caltech_hpo.data.decode import usable_cores
 from caltech_hpo.errors import UsageError
 from caltech_hpo.search.changes import check_unchanged
-from caltech_hpo.search.locks import Check, study_lock
+from caltech_hpo.search.locks import Check, search_lock
 from caltech_hpo.search.request import (
     Cluster,
     Place,
@@ -102,8 +102,7 @@ def open_search(
     spec = resolve_spec(request)
     for warning in without_effect(spec.recipe, spec.space):
         say(f"warning: {warning}")
-    what = f"search on study '{request.study}'"
-    with study_lock(place.storage, place.home, request.study, what) as check_lock:
+    with search_lock(place.storage, place.home, request.study) as check_lock:
         stored = find_study(open_existing(place.storage), request.study)
         finished = 0
         if stored is not None:

@@ -103,7 +103,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
         Split(((training, data.training_cache.stem),)),
         Split(((validation, data.validation_cache.stem),)),
         config.features,
-        MicroBatches(device, memory_share(device, config.memory, config.workers)),
+        MicroBatches(device, memory_share(device, allowed, config.workers)),
         ready,
         data.classes,
     )

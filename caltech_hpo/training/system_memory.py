@@ -36,12 +36,12 @@ def free_memory(device: torch.device) -> int:
 def memory_share(device: torch.device, given: int | None, workers: int) -> int:
     """Bytes that one of `workers` may use beside the images that it has put there by now.
 
-    Of `given`, which counts them, or of most of what is free.
+    What of its `given` bytes they leave, or a part of most of what is free.
 
     CUDA is told, and then refuses more by itself: cuDNN, which tries its algorithms with as much memory as
     it gets, must not take what is other workers'.
     """
-    share = (int(USABLE_SHARE * free_memory(device)) if given is None else given) // workers
+    share = int(USABLE_SHARE * free_memory(device)) // workers if given is None else given
     if device.type == "cuda" and (given is not None or workers > 1):
         images, whole = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[1]
         if given is not None:

@@ -166,8 +166,8 @@ def test_a_gpu_is_told_what_a_worker_may_take(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given))
     assert memory_share(gpu, None, 1) == 640 and not told  # alone: cuDNN may try what it likes
     assert memory_share(gpu, None, 4) == 160 and told.pop() == (0.26, gpu)
-    assert memory_share(gpu, 800, 4) == 100 and told.pop() == (0.2, gpu)  # 200 with the images
-    assert memory_share(gpu, 100, 4) == 0 and told.pop() == (0.1, gpu)
+    assert memory_share(gpu, 200, 4) == 100 and told.pop() == (0.2, gpu)  # the images are in it
+    assert memory_share(gpu, 25, 4) == 0 and told.pop() == (0.1, gpu)
 
 
 def test_every_word_for_too_little_memory_is_known():
@@ -184,7 +184,7 @@ def test_a_gpu_scores_larger_batches():
 
 def test_workers_share_what_is_free(tmp_path, monkeypatch):
     assert free_memory(CPU) > 1 << 20
-    assert memory_share(CPU, 1000, 4) == 250
+    assert memory_share(CPU, 250, 4) == 250
     assert memory_share(CPU, None, 2) <= 0.4 * (free_memory(CPU) + (1 << 30))
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1000\n")
