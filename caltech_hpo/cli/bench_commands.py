@@ -188,7 +188,7 @@ def run_speed(
         try:
             studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
         except CaltechHpoError as error:  # what was measured before is not lost with it
-            say(f"{STUDY} with {count} workers: {error}")
+            say(f"{STUDY} with --workers {count}: {error}")
     return Measurements(rows, studies, measure_cache(index, values[0].resize, place.cache, bars))
 
 

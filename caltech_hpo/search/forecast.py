@@ -48,6 +48,7 @@ class _Trial:
     """One that runs or will run; `number` is None as long as it has none of its own."""
 
     values: Hyperparameters
+    params: dict[str, Any]
     number: int | None = None
     done: int = 0
 
@@ -87,19 +88,22 @@ class Forecaster:
         rows = [row.params for row in spec.baselines if row.name not in tried] if baselines else []
         waiting = [record for state in ("running", "waiting") for record in records if record.state == state]
         self._queued = [self._left(record) for record in waiting]
-        self._queued += [_Trial(self._values(params)) for params in rows]
+        self._queued += [self._trial(params) for params in rows]
         self._params = draw(spec, DRAWN)
         self._drawn = [self._values(params) for params in self._params]
         self._kinds = [kind_of(values) for values in self._drawn]
-        self._known = [record.params for record in waiting] + rows
 
     def _values(self, params: dict[str, Any]) -> Hyperparameters:
         return self._spec.recipe.model_copy(update=params)
 
+    def _trial(self, params: dict[str, Any]) -> _Trial:
+        return _Trial(self._values(params), params)
+
     def _left(self, record: TrialRecord) -> _Trial:
         if record.state == "running" and record.recipe is None:  # it is queued again, under another number
-            return _Trial(self._values(record.params))
-        return _Trial(record.recipe or self._values(record.params), record.number, len(record.epochs))
+            return self._trial(record.params)
+        values = record.recipe or self._values(record.params)
+        return _Trial(values, record.params, record.number, len(record.epochs))
 
     def _learn(self, record: TrialRecord) -> None:
         finished = record.state in ("complete", "pruned")
@@ -115,7 +119,7 @@ class Forecaster:
     def handle(self, event: SearchEvent) -> None:
         """Takes in one event of the search."""
         if isinstance(event, (TrialStarted, TrialResumed)):
-            trial = self._running.get(event.number) or self._next(event.number, self._values(event.params))
+            trial = self._running.get(event.number) or self._next(event.number, event.params)
             trial.done = event.done if isinstance(event, TrialResumed) else 0
             self._running[event.number] = trial
         elif isinstance(event, TrialEpoch):
@@ -128,19 +132,20 @@ class Forecaster:
                 self._finished += 1
                 self._ends.append((event.state == "pruned", trial.done / trial.values.epochs))
 
-    def _next(self, number: int, values: Hyperparameters) -> _Trial:
+    def _next(self, number: int, params: dict[str, Any]) -> _Trial:
         """The trial that begins, taken out of the queue if it is there."""
+        begun = self._trial(params)
         for trial in self._queued:
-            if trial.number == number or (trial.number is None and trial.values == values):
+            if trial.number == number or (trial.number is None and trial.values == begun.values):
                 self._queued.remove(trial)
                 return trial
-        return _Trial(values)
+        return begun
 
     def examples(self) -> list[dict[str, Any]]:
         """Parameters of one training of each kind to be expected, the most frequent kind first."""
         counted: Counter[Kind] = Counter()
         found: dict[Kind, dict[str, Any]] = {}
-        for params in (*self._known, *self._params):
+        for params in (*(trial.params for trial in self._queued), *self._params):
             kind = kind_of(self._values(params))
             counted[kind] += 1
             found.setdefault(kind, params)

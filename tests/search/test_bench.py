@@ -157,3 +157,25 @@ def test_the_commands_rows_and_table():
     text = console.export_text()
     for words in ("4.000", "0.800", "no memory", "11.11", "decoding: 400 images", "0.10 s", "2 CPU cores"):
         assert words in text
+
+
+def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, monkeypatch, capsys):
+    from caltech_hpo.cli.bench_commands import run_speed
+    from caltech_hpo.cli.options import progress_bars
+    from caltech_hpo.errors import StorageError
+    from caltech_hpo.search import bench, bench_study
+
+    def refused(request, place, **_):
+        if request.workers == 1:
+            raise StorageError("the disk is full", "make room")
+        return bench_study.StudySpeed(request.study, request.workers, 3, 9, 1.0, request.device)
+
+    measured = bench.Speed("resnet18", "train", 10.0, 40.0, 50.0, 0.5, 4, "cpu", 1)
+    monkeypatch.setattr(bench, "measure_speed", lambda *_, **__: [measured])
+    monkeypatch.setattr(bench_study, "measure_study", refused)
+    place = Place(tmp_path, "sqlite:///unused.db", images[0].root)
+    with progress_bars() as bars:
+        found = run_speed(place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
+    assert [row.ours for row in found.speeds] == [40.0] and found.cache.images == len(images[0].training)
+    assert [row.workers for row in found.studies] == [2]
+    assert "with --workers 1: the disk is full" in capsys.readouterr().err
