@@ -6,12 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 
 from caltech_hpo.cli.display import percent, short_params
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
+    STDERR,
     Data,
     Device,
     Home,
@@ -69,9 +70,7 @@ def confirm(
                 plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars
             )
             names = [training_name(one.trial, one.recipe) for one in plan.open]
-            view = TrainingsView(
-                Console(stderr=True), names, sum(one.recipe.epochs for one in plan.open), workers
-            )
+            view = TrainingsView(STDERR, names, sum(one.recipe.epochs for one in plan.open), workers)
             with contextlib.closing(events), view.shown():
                 for event in events:
                     bars.close()

@@ -58,6 +58,8 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:K o
 Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded.")]
 DEFAULT_HOME = Path("storage")
 PIPE_WIDTH = 140
+# One for messages, bars and tables: only so does rich draw bars anew below a message.
+STDERR = Console(stderr=True)
 
 
 def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place:
@@ -70,7 +72,7 @@ def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place
 
 def say(text: str) -> None:
     """One plain line on stderr; square brackets in it are text."""
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    STDERR.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def answer(document: Any, as_json: bool, human: RenderableType) -> None:
@@ -118,7 +120,7 @@ def goes_on(*, kept: bool = True) -> Iterator[None]:
 @contextmanager
 def progress_bars() -> Iterator[ProgressBars]:
     """Progress bars on stderr, gone afterwards."""
-    bars = ProgressBars(Console(stderr=True))
+    bars = ProgressBars(STDERR)
     try:
         yield bars
     finally:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from caltech_hpo.cli.final_tables import final_text, seeds_text
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
+    STDERR,
     Data,
     Device,
     Home,
@@ -153,7 +153,7 @@ def _shown(events: Iterator[FinalEvent], workers: int, bars: ProgressBars) -> di
             if isinstance(event, RetrainingPlanned):
                 names = [training_name(plan.record.number, plan.recipe) for plan in event.plans]
                 epochs = sum(plan.recipe.epochs for plan in event.plans)
-                view = TrainingsView(Console(stderr=True), names, epochs, workers)
+                view = TrainingsView(STDERR, names, epochs, workers)
                 shown.enter_context(view.shown())
             elif isinstance(event, Scored):
                 results[event.plan.recipe.hash] = event.result

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from caltech_hpo.cli.display import short_params
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
+    STDERR,
     Data,
     Device,
     Home,
@@ -218,7 +218,7 @@ def follow(opened: Search, request: SearchRequest, also: Handle | None = None) -
     found = opened.forecaster.forecast(request.trials) if opened.forecaster else None
     if found:
         say(forecast_line(found))
-    view = SearchView(Console(stderr=True), request.study, request.trials, opened.records, opened.forecaster)
+    view = SearchView(STDERR, request.study, request.trials, opened.records, opened.forecaster)
     with view.shown():
         for event in opened.events:
             view.handle(event)

@@ -171,8 +171,9 @@ def run_confirm(
         mine = [training for training in plan.open if training.recipe.resize == resize]
         count, share = min(workers, len(mine)), min(workers, len(plan.finalists) * len(plan.seeds))
         with open_executor(
-            mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features
-        ) as executor:
+            mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features,
+            progress=progress,
+        ) as executor:  # fmt: skip
             for event in train_all(plan, mine, executor, progress):
                 if isinstance(event, TrainingEnded):
                     add_run(storage, event.run)

@@ -127,7 +127,7 @@ def _trained(
     recipe, features = plans[0].recipe, plans[0].place.features
     count = min(share, len(jobs))
     with open_executor(
-        recipe, data.search, device=device, workers=count, share=share, features=features
+        recipe, data.search, device=device, workers=count, share=share, features=features, progress=progress
     ) as executor:
         for event in train_each(jobs, executor, progress=progress):
             plan = plans[event.job]

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol, overload
 
+from caltech_hpo.data.cache import Progress
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.messages import (
     Died,
@@ -91,7 +92,10 @@ def _require_killed(code: int) -> None:
 class ProcessExecutor:
     """Local worker processes (spawn: forking after torch's threads have run hangs the child)."""
 
-    def __init__(self, config: WorkerConfig | None, workers: int, target: Target | None = None) -> None:
+    def __init__(
+        self, config: WorkerConfig | None, workers: int, target: Target | None = None,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         """Starts the workers and waits until all are ready. Raises what a worker refuses with.
 
         `target` takes the place of `worker_main`, to measure what is not training.
@@ -101,7 +105,7 @@ class ProcessExecutor:
         self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
             self._workers = [self._spawn() for _ in range(workers)]
-            self.ready, *_ = [self._started(index) for index in range(workers)]
+            self.ready, *_ = [self._started(index, progress) for index in range(workers)]
         except BaseException:
             self.close()
             raise
@@ -109,8 +113,10 @@ class ProcessExecutor:
     def _spawn(self) -> _Worker:
         return _Worker(*spawn(self._target, self._config))
 
-    def _started(self, index: int) -> Ready:
+    def _started(self, index: int, progress: Progress | None) -> Ready:
         """Waits until a worker is ready; one that is killed meanwhile gets two more attempts."""
+        if progress:  # they import torch for seconds
+            progress("workers that are ready", index, len(self._workers))
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._workers[index].connection.close()

@@ -69,8 +69,9 @@ def make_plan(
     )
     say("starting a worker")
     with open_executor(
-        most_demanding(spec), data, device=request.device, features=place.features, memory=request.memory
-    ) as executor:
+        most_demanding(spec), data, device=request.device, features=place.features, memory=request.memory,
+        progress=progress,
+    ) as executor:  # fmt: skip
         binding = binding_of(executor, data, request)
         examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
         measured = time_kinds(executor, spec, examples, binding, PLAN_SECONDS, progress)

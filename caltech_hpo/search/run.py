@@ -150,6 +150,7 @@ def _run(
         memory=request.memory,
         cluster=request.cluster,
         mark=place.home / f".{request.study}.shared",
+        progress=progress,
     ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,
@@ -200,6 +201,7 @@ def open_executor(
     memory: int | None = None,
     cluster: Cluster | None = None,
     mark: Path | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Executor]:
     """Local worker processes, or those of a cluster (by `mark` they see whether folders are shared).
 
@@ -216,7 +218,7 @@ def open_executor(
     config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
     executor: Executor
     if cluster is None:
-        executor = ProcessExecutor(config, workers)
+        executor = ProcessExecutor(config, workers, progress=progress)
     else:
         from caltech_hpo.search.ray_executor import RayExecutor
 

@@ -60,7 +60,10 @@ def scores(events):
 
 
 def test_inline_and_processes_train_alike(config, tmp_path):
-    inline, local = InlineExecutor(config), ProcessExecutor(config, 1)
+    shown = []
+    inline = InlineExecutor(config)
+    local = ProcessExecutor(config, 1, progress=lambda *what: shown.append(what))
+    assert shown == [("workers that are ready", 0, 1)]  # torch is imported for seconds
     try:
         assert inline.ready == local.ready
         assert inline.ready.precision in ("bf16", "fp32") and "torch" in inline.ready.versions

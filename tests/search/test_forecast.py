@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from caltech_hpo.cli import options
 from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
@@ -271,3 +273,14 @@ def test_draws_are_the_spaces():
     drawn = draw(DEMO, 30)
     assert all(set(params) == set(DEMO.space) for params in drawn)
     assert all(DEMO.space[name].contains(value) for params in drawn for name, value in params.items())
+
+
+def test_a_message_has_a_line_of_its_own_above_the_bars(monkeypatch):
+    terminal = Console(file=StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr(options, "STDERR", terminal)
+    with options.progress_bars() as bars:
+        bars("decoding", 1, 2)
+        options.say("starting 1 worker")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue()).splitlines()
+    assert "starting 1 worker" in [line.strip() for line in lines]
+    assert any("decoding" in line and "1/2" in line for line in lines)
