@@ -126,7 +126,8 @@ def test_each_study_stands_in_its_place():
         ("resnet18-transfer", "LR 0.02, 30 epochs, step 20"),
         ("vgg16-transfer", "as AlexNet's best row: LR 0.01, 20 epochs, step 15"),
         ("demo", "by hand: LR 0.05, 6 epochs, step 4"),
-        ("resnet18-scratch", None),
+        ("resnet18-scratch", "resized crop, flip, smoothing, mixing; 100 epochs"),
+        ("lite0-head", None),
     ],
 )
 def test_the_row_to_compare_with_is_the_best_published_one(study, row):
