@@ -125,7 +125,7 @@ class Scripted:
         self.script, self.jobs, self.workers, self.events, self.stopped = script, [], 1, {}, set()
         self.ready = Ready("cpu", "fp32", {})
 
-    def __call__(self, recipe, data, *, device, workers=1, share=1, features=None):
+    def __call__(self, recipe, data, *, device, workers=1, share=1, features=None, progress=None):
         self.workers, self.events = workers, {}
         return self
 
