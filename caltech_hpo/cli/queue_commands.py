@@ -196,11 +196,11 @@ def serve(
     """
     from caltech_hpo.results.dashboard import serve as serve_pages
     from caltech_hpo.results.service import Service
-    from caltech_hpo.search.locks import SERVE, study_lock
+    from caltech_hpo.search.locks import serve_lock
 
     place = place_of(home.absolute(), storage)
     stop = StopSignals("stopping: the search saves a checkpoint and pauses; once more stops at once")
-    with study_lock(place.storage, place.home, SERVE, "serve on this database"), stop.caught():
+    with serve_lock(place.storage, place.home), stop.caught():
         application, listening = open_dashboard(place, host, port, allow_host, writable=writable)
         pages = threading.Thread(
             target=serve_pages, args=(application, listening), kwargs={"writable": writable}, daemon=True

@@ -84,6 +84,11 @@ def final_lock(url: str, home: Path, study: str) -> AbstractContextManager[Check
     return study_lock(url, home, FINAL + base, f"final training of study '{base}'")
 
 
+def serve_lock(url: str, home: Path) -> AbstractContextManager[Check]:
+    """Holds the lock of a database's `serve`, as `study_lock` does."""
+    return study_lock(url, home, SERVE, "serve on this database")
+
+
 @contextlib.contextmanager
 def all_locks(url: str, home: Path, *studies: str) -> Iterator[None]:
     """Holds what the studies' search, `confirm` and `final` hold. Raises StorageError if one of them runs."""

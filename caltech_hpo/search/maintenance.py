@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import StorageError
-from caltech_hpo.search.locks import SERVE, all_locks, study_lock
+from caltech_hpo.search.locks import all_locks, serve_lock
 from caltech_hpo.search.records import RECIPE_KEY, trial_record
 from caltech_hpo.search.sqlite_file import reading
 from caltech_hpo.search.storage import BUSY_TIMEOUT, check_sqlite, open_any_schema
@@ -199,7 +199,7 @@ def upgrade(url: str, home: Path, backups: Path, *, progress: Progress | None = 
         )
     with contextlib.ExitStack() as locks:
         locks.enter_context(all_locks(url, home, *sorted(_names(storage))))
-        locks.enter_context(study_lock(url, home, SERVE, "serve on this database"))
+        locks.enter_context(serve_lock(url, home))
         copy = None
         if sqlite_path(url) is not None:
             copy = backups / f"before-{newest}-{datetime.now(UTC):%Y%m%d-%H%M%S}.db"
