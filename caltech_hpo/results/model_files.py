@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caltech_hpo.data.cache import sync_folder, write_whole
+from caltech_hpo.training.checkpoint_files import remove
 
 WEIGHTS = "model.safetensors"
 
@@ -39,6 +40,8 @@ def write_text(path: Path, text: str) -> None:
 def publish(folder: Path, target: Path) -> None:
     """Moves a finished folder to its name, over an earlier one without a score, and syncs."""
     shutil.rmtree(target, ignore_errors=True)
+    for left in folder.glob("*.tmp"):  # by a process that was killed
+        remove(left)
     sync_folder(folder)
     folder.replace(target)
     sync_folder(target.parent)

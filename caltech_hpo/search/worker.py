@@ -49,7 +49,7 @@ from caltech_hpo.training.loop import never, train
 from caltech_hpo.training.memory import MicroBatches, in_pieces_of
 from caltech_hpo.training.models import build_model, check_input, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
-from caltech_hpo.training.state import TrainingState, begin, capture, changing, restore
+from caltech_hpo.training.state import TrainingState, begin, captured, changing, restore
 from caltech_hpo.training.system_memory import (
     is_out_of_memory,
     keep_freed_memory,
@@ -147,6 +147,7 @@ def _epochs(
         if found is not None and job.goes_on_from(found[1]):
             prepared = in_pieces_of(prepared, job.recipe, found[1]["micro_batch"])
             restore(state, job.recipe, prepared, *found)
+        del found  # its tensors keep the file open
         before = list(state.results)
         results = train(job.recipe, prepared, state, interrupted=interrupted)
         try:
@@ -193,7 +194,7 @@ def _report(
             yield Finished(job.number)
             return
         if new and job.checkpoint and time.monotonic() - saved >= CHECKPOINT_EVERY:
-            yield from _written(job, job.checkpoint, "a checkpoint", _captured(job, prepared, state))
+            yield from _written(job, job.checkpoint, "a checkpoint", partial(_save, job, prepared, state))
             saved = time.monotonic()
     if state.epoch > job.recipe.epochs:
         if state.best and state.best.tensors and job.keep:
@@ -203,15 +204,15 @@ def _report(
         yield Finished(job.number)
         return
     if job.checkpoint:
-        yield from _written(job, job.checkpoint, "a checkpoint", _captured(job, prepared, state))
+        yield from _written(job, job.checkpoint, "a checkpoint", partial(_save, job, prepared, state))
     yield Paused(job.number)
 
 
-def _captured(job: Job, prepared: Prepared, state: TrainingState) -> Callable[[], None]:
-    """The writing of the job's checkpoint, as it stands now."""
+def _save(job: Job, prepared: Prepared, state: TrainingState) -> None:
+    """Writes the job's checkpoint, as it stands now."""
     assert job.checkpoint is not None
-    tensors, document = capture(state, prepared)
-    return partial(save_checkpoint, job.checkpoint, tensors, {"recipe": job.recipe.hash, **document})
+    with captured(state, prepared) as (tensors, document):
+        save_checkpoint(job.checkpoint, tensors, {"recipe": job.recipe.hash, **document})
 
 
 def _written(job: Job, path: Path, what: str, write: Callable[[], None]) -> Iterator[Working]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
-from caltech_hpo.data.cache import sync_folder, write_whole
+from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import WeightsError
-from caltech_hpo.training.checkpoint_files import previous, unfinished
+from caltech_hpo.training.checkpoint_files import previous, remove, unfinished
 
-MAGIC = b"CHPOCKP1"
-DIGEST_BYTES, LENGTH_BYTES = 32, 8
+DIGEST, DOCUMENT = "sha256", "document"  # in a checkpoint's metadata
+SEAL = f'"{DIGEST}":"'.encode()  # before the digest in the file: elsewhere in a header quotes are escaped
+NO_DIGEST = "0" * 64
+MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one
+CHUNK = 1 << 20
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends its words for one
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
@@ -24,10 +30,38 @@ def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, st
 
     `about` goes into the file's metadata.
     """
-    from safetensors.torch import save
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with _written(tensors, path, dict(about) if about else None) as made:
+        with made.open("r+b") as file:
+            os.fsync(file.fileno())
+        made.replace(path)
+        sync_folder(path.parent)
 
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_whole(path, save(state, metadata=dict(about) if about else None))
+
+@contextlib.contextmanager
+def _written(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> Iterator[Path]:
+    """A safetensors file, written from where the tensors are, that shall get the name `path`. Raises OSError.
+
+    It is in a folder of its own, which goes with all that is in it: the library writes to a file of
+    another name, which stays where it is killed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = unfinished(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / path.name
+    try:
+        save_file(tensors, made, metadata)
+        made.chmod(folder.stat().st_mode & 0o666)  # the library's is for its owner alone
+        yield made
+    except SafetensorError as error:
+        if found := SYSTEM_ERROR.search(str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+    finally:
+        remove(folder)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -57,28 +91,40 @@ def weights_metadata(path: Path) -> dict[str, str]:
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
     """Writes tensors and a JSON document under a SHA-256; the checkpoint before is kept until this is there.
 
-    Magic, SHA-256 of the rest, the document's length (8 bytes, little-endian), the document, safetensors.
+    A safetensors file whose metadata holds both, the digest of everything else in the file. The tensors
+    (CPU, contiguous, each with memory of its own) are written from where they are: copies of them, kept
+    beside the training, made a worker that trains an AlexNet twice as large.
     """
-    from safetensors.torch import save
-
-    text = json.dumps(document).encode()
-    body = [len(text).to_bytes(LENGTH_BYTES, "little"), text, save(tensors)]
-    digest = hashlib.sha256()
-    for part in body:
-        digest.update(part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished(path)
-    try:
-        with temporary.open("wb") as file:
-            file.writelines([MAGIC, digest.digest(), *body])
+    about = {DOCUMENT: json.dumps(document), DIGEST: NO_DIGEST}
+    with _written(tensors, path, about) as made:
+        with made.open("r+b") as file:
+            place, _, digest = _digest(file)
+            file.seek(place)
+            file.write(digest)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             path.replace(previous(path))
-        temporary.replace(path)
+        made.replace(path)
         sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _digest(file: BinaryIO) -> tuple[int, bytes, bytes]:
+    """Where a checkpoint's digest is, the one that is there, and the one of what is before and after it.
+
+    Raises ValueError for a file that has no place for one.
+    """
+    head = file.read(8)
+    head += file.read(min(int.from_bytes(head, "little"), MOST_HEADER))
+    place = head.find(SEAL) + len(SEAL)
+    end = place + len(NO_DIGEST)
+    if place < len(SEAL) or end > len(head):
+        raise ValueError("no checkpoint")
+    digest = hashlib.sha256(head[:place])
+    digest.update(head[end:])
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return place, head[place:end], digest.hexdigest().encode()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -91,17 +137,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """One file's tensors and document; None where it is absent or not what was written."""
-    from safetensors.torch import load
+    """One file's tensors and document; None where it is absent or not what was written.
 
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    start = len(MAGIC) + DIGEST_BYTES
-    body = memoryview(content)[start:]
-    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != content[len(MAGIC) : start]:
-        return None
-    length = int.from_bytes(body[:LENGTH_BYTES], "little")
-    document: dict[str, Any] = json.loads(bytes(body[LENGTH_BYTES : LENGTH_BYTES + length]))
-    return load(bytes(body[LENGTH_BYTES + length :])), document
+    The tensors are the file's pages: they take no memory until they are read, and keep the file open.
+    """
+    from safetensors import safe_open
+
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        with path.open("rb") as file:
+            _, there, digest = _digest(file)
+        if there == digest:
+            with safe_open(path, framework="pt") as opened:
+                document: dict[str, Any] = json.loads(opened.metadata()[DOCUMENT])
+                return opened.get_tensors(), document
+    return None

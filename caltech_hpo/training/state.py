@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,17 +72,26 @@ def begin_epoch(state: TrainingState, recipe: Recipe, epoch: int) -> None:
     torch.manual_seed(derive_seed(recipe.seed, "dropout", epoch))  # dropout takes no generator
 
 
-def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as tensors (copies on the CPU) and a JSON document; call it between two batches.
+@contextlib.contextmanager
+def captured(state: TrainingState, prepared: Prepared) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The state as tensors and a JSON document, to be written between two batches.
 
-    The order of an epoch is drawn anew from its seed; what does not learn comes from the recipe's weights.
+    On a CPU the tensors are the training's own: they change once it goes on. The order of an epoch is
+    drawn anew from its seed; what does not learn comes from the recipe's weights.
     """
     average = state.average
-    if average and average.swapped:  # the model holds the averages while an epoch's result is out
+    swapped = average is not None and average.swapped  # the model holds the averages while a result is out
+    if average and swapped:
         average.swap()
-        captured = capture(state, prepared)
-        average.swap()
-        return captured
+    try:
+        yield _captured(state, prepared)
+    finally:
+        if average and swapped:
+            average.swap()
+
+
+def _captured(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    average = state.average
     tensors = {f"model.{name}": value for name, value in changing(prepared.model).items()}
     groups = state.optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
@@ -109,15 +120,24 @@ def capture(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tensor]
         "optimizer": {"groups": groups["param_groups"], "plain": plain},
         "results": [json.loads(result.model_dump_json()) for result in state.results],
     }  # fmt: skip
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    return copies, document
+    return dict(apart(tensors)), document
+
+
+def apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors on the CPU, contiguous; of those that share memory all but one as copies."""
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        yield name, value.clone() if address in seen else value
+        seen.add(address)
 
 
 def restore(
     state: TrainingState, recipe: Recipe, prepared: Prepared, tensors: dict[str, Tensor],
     document: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Puts a training that has just begun to where one of the same recipe was captured."""
+    """Puts a training that has just begun to where one of the same recipe was captured; copies."""
     model = changing(prepared.model)
     with torch.no_grad():
         for name, value in model.items():
@@ -141,7 +161,10 @@ def restore(
             document["average_steps"],
         )
     if state.best:
-        kept = {k.removeprefix(BEST): v.to(prepared.device) for k, v in tensors.items() if k.startswith(BEST)}
+        kept = {
+            name.removeprefix(BEST): value.to(prepared.device, copy=True)
+            for name, value in tensors.items() if name.startswith(BEST)
+        }  # fmt: skip
         state.best = BestWeights(max(state.best.score, document["best_score"]), kept)
     begin_epoch(state, recipe, document["epoch"])
     state.batch = document["batch"]
@@ -158,11 +181,12 @@ def restore(
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Lays the optimizer's tensors out as their parameters are: the fused steps on a GPU refuse others."""
+    """Copies the optimizer's tensors, laid out as their parameters are: a GPU's fused steps refuse others."""
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor):
+                like = parameter if value.shape == parameter.shape else value
+                values[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def changing(model: nn.Module) -> dict[str, Tensor]:

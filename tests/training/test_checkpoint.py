@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +19,14 @@ from caltech_hpo.training.checkpoint import (
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    save_weights,
 )
 from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import with_micro_batch
 from caltech_hpo.training.prepare import prepare
-from caltech_hpo.training.state import begin, capture, restore
+from caltech_hpo.training.state import apart, begin, captured, restore
 
 CPU = torch.device("cpu")
 
@@ -103,7 +108,8 @@ def test_interrupted_after_any_batch_it_ends_the_same(splits, tmp_path, changes)
         for _ in train(made, prepared, state, interrupted=interrupted):
             pass
         results = state.results
-        save_checkpoint(file, *capture(state, prepared))
+        with captured(state, prepared) as found:
+            save_checkpoint(file, *found)
         stops += 1
     assert stops > 2 and told(results) == told(expected)
     if not made.ema:  # the averages were swapped in at the last epoch of one, and back in the other
@@ -118,7 +124,8 @@ def test_between_epochs_the_averaged_model_is_out_and_the_trained_one_is_saved(s
     running = train(made, prepared, state)
     next(running)
     shown = weights(prepared)
-    save_checkpoint(tmp_path / "t", *capture(state, prepared))
+    with captured(state, prepared) as found:
+        save_checkpoint(tmp_path / "t", *found)
     assert same(weights(prepared), shown)  # looking changed nothing
     again = ready(made, splits)
     state = begin(made, again)
@@ -132,10 +139,11 @@ def test_pieces_of_a_batch_go_on_too(splits, tmp_path):
     prepared = with_micro_batch(ready(made, splits), made, 2)
     state = begin(made, prepared)
     next(train(made, prepared, state))
-    tensors, document = capture(state, prepared)
+    with captured(state, prepared) as found:
+        save_checkpoint(tmp_path / "t", *found)
     again = with_micro_batch(ready(made, splits), made, 2)
     state = begin(made, again)
-    restore(state, made, again, tensors, document)
+    restore(state, made, again, *load_checkpoint(tmp_path / "t"))
     assert told(train(made, again, state)) == told(expected[1:])
 
 
@@ -143,10 +151,10 @@ def first_epoch_saved(made, splits, device):
     *_, prepared = prepare(made, *splits, device)
     state = begin(made, prepared)
     next(train(made, prepared, state))
-    saved = capture(state, prepared)  # before anything else is drawn
-    *_, again = prepare(made, *splits, device)
-    restored = begin(made, again)
-    restore(restored, made, again, *saved)
+    with captured(state, prepared) as saved:  # before anything else is drawn
+        *_, again = prepare(made, *splits, device)
+        restored = begin(made, again)
+        restore(restored, made, again, *saved)
     return again, restored
 
 
@@ -176,9 +184,13 @@ def test_on_a_gpu_it_goes_on_too(splits, changes):
 def test_only_what_changes_is_saved(splits):
     made = recipe(freeze="features")
     prepared = ready(made, splits)
-    tensors, _ = capture(begin(made, prepared), prepared)
+    with captured(begin(made, prepared), prepared) as (tensors, _):
+        pass
     learned = {name for name in tensors if name.startswith("model.") and "running" not in name}
     assert {name for name in learned if "num_batches" not in name} == {"model.fc.weight", "model.fc.bias"}
+
+
+SAVES = [partial(save_checkpoint, document={}), lambda path, tensors: save_weights(tensors, path)]
 
 
 def checkpoint(number):
@@ -223,3 +235,52 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(file, *checkpoint(2))
     assert load_checkpoint(file)[1]["epoch"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_saved_is_for_all_whom_the_system_lets_read_files(tmp_path):
+    (tmp_path / "any").touch()
+    for number, save in enumerate(SAVES):
+        save(tmp_path / str(number), {"weights": torch.ones(3)})
+        assert (tmp_path / str(number)).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_checkpoint_is_a_safetensors_file_and_tensors_may_share_memory(tmp_path):
+    from safetensors.torch import load_file
+
+    weight = torch.arange(4.0)
+    tensors = dict(apart({"one": weight, "again": weight.view(2, 2), "part": weight[1:]}))
+    save_checkpoint(tmp_path / "t", tensors, {"sha256": '"sha256":"', "epoch": 1})
+    assert load_file(tmp_path / "t")["again"].tolist() == [[0, 1], [2, 3]]
+    found, document = load_checkpoint(tmp_path / "t")
+    assert found["part"].tolist() == [1, 2, 3] and document["sha256"] == '"sha256":"'
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_saved_is_not_copied_in_memory(tmp_path, save):
+    tensors = {"weights": torch.ones(25_000_000)}  # 100 MB
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present from here on
+    before = memory("VmRSS")
+    save(tmp_path / "t", tensors)
+    assert memory("VmHWM") - before < 20_000
+
+
+def memory(field):
+    """kB, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limits")
+def test_a_file_that_finds_no_room_is_the_systems_error(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for save in SAVES:
+            with pytest.raises(OSError, match="File too large") as raised:
+                save(tmp_path / "t", {"weights": torch.ones(100_000)})
+            assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
