@@ -12,6 +12,7 @@ from typing import Any, Protocol, overload
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.messages import (
+    STARTING,
     Died,
     EpochDone,
     Event,
@@ -115,8 +116,8 @@ class ProcessExecutor:
 
     def _started(self, index: int, progress: Progress | None) -> Ready:
         """Waits until a worker is ready; one that is killed meanwhile gets two more attempts."""
-        if progress:  # they import torch for seconds
-            progress("workers that are ready", index, len(self._workers))
+        if progress:
+            progress(STARTING, index, len(self._workers))
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._workers[index].connection.close()

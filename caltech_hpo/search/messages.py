@@ -12,6 +12,8 @@ from caltech_hpo.spec import EpochResult, Hyperparameters, Recipe
 from caltech_hpo.terms import Precision
 from caltech_hpo.timings import StepTime
 
+STARTING = "workers that are ready"  # what is counted while they start: they import torch for seconds
+
 
 @dataclass(frozen=True)
 class WorkerConfig:

@@ -11,9 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from caltech_hpo.data.cache import write_whole
+from caltech_hpo.data.cache import Progress, write_whole
 from caltech_hpo.errors import CaltechHpoError, UsageError
-from caltech_hpo.search.messages import Died, EpochDone, Event, Job, Measure, Ready, WorkerConfig, Working
+from caltech_hpo.search.messages import (
+    STARTING,
+    Died,
+    EpochDone,
+    Event,
+    Job,
+    Measure,
+    Ready,
+    WorkerConfig,
+    Working,
+)
 from caltech_hpo.search.relay import Files, Relay
 from caltech_hpo.search.request import Cluster
 
@@ -45,7 +55,10 @@ class _Actor:
 class RayExecutor:
     """Workers as Ray actors; the supervisor's interface is `Executor`'s."""
 
-    def __init__(self, config: WorkerConfig, workers: int, cluster: Cluster, mark: Path) -> None:
+    def __init__(
+        self, config: WorkerConfig, workers: int, cluster: Cluster, mark: Path,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         """Connects, places the workers, waits until all are ready. Raises UsageError where the cluster
         cannot hold them, and what a worker refuses with.
 
@@ -58,6 +71,8 @@ class RayExecutor:
         self._actors: list[_Actor] = []
         self._config = _absolute(config)  # actors have a folder of their own
         self._begun = not self._ray.is_initialized()
+        if progress:
+            progress(STARTING, 0, workers)
         if self._begun:
             self._connect(workers)
         write_whole(mark, self._token.encode())
@@ -65,7 +80,10 @@ class RayExecutor:
             for _ in range(workers):
                 self._actors.append(_Actor())
                 self._spawn(self._actors[-1])
-            self.ready, *_ = [self._ready(actor) for actor in self._actors]
+            for done, actor in enumerate(self._actors, start=1):
+                self.ready = self._ready(actor)
+                if progress:
+                    progress(STARTING, done, workers)
         except BaseException:
             self.close()
             raise

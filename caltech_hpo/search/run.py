@@ -224,7 +224,7 @@ def open_executor(
 
         assert mark is not None, "a cluster's workers look for it"
         theirs = replace(config, threads=max(1, int(cluster.cpus)), workers=sharing(workers, cluster))
-        executor = RayExecutor(theirs, workers, cluster, mark)
+        executor = RayExecutor(theirs, workers, cluster, mark, progress)
     try:
         yield executor
     finally:

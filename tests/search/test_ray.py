@@ -15,7 +15,7 @@ from caltech_hpo.search import ray_executor, relay
 from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialPaused, TrialResumed, TrialStarted
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.inline import InlineExecutor
-from caltech_hpo.search.messages import EpochDone, Finished, Job, Paused, WorkerConfig
+from caltech_hpo.search.messages import STARTING, EpochDone, Finished, Job, Paused, WorkerConfig
 from caltech_hpo.search.records import trial_records
 from caltech_hpo.search.relay import Relay
 from caltech_hpo.search.request import Cluster, Place, SearchRequest
@@ -51,8 +51,8 @@ def test_a_killed_node_costs_nothing(cluster, tmp_path):
     request = SearchRequest(
         "demo", 1, device="cpu", baselines=False, enqueue=(VALUES,), cluster=Cluster(cluster.address, cpus=1)
     )
-    events, killed = [], False
-    with open_search(request, place) as opened:
+    events, killed, shown = [], False, []
+    with open_search(request, place, progress=lambda *told: shown.append(told)) as opened:
         for event in opened.events:
             events.append(event)
             if isinstance(event, TrialEpoch) and event.result.epoch == 4 and not killed:
@@ -60,6 +60,7 @@ def test_a_killed_node_costs_nothing(cluster, tmp_path):
                 cluster.remove_node(cluster.ours, allow_graceful=False)
             if isinstance(event, TrialPaused):  # it waits for a machine, and the supervisor does not block
                 cluster.ours = cluster.add_node(num_cpus=1, **cluster.memory)
+    assert {(STARTING, 0, 1), (STARTING, 1, 1)} <= set(shown)
     assert [event.number for event in events if isinstance(event, TrialStarted)] == [0]
     assert any(isinstance(event, TrialResumed) for event in events)
     assert [event.result.epoch for event in events if isinstance(event, TrialEpoch)] == list(range(1, 13))
