@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from caltech_hpo.data.cache import sync_folder, write_whole
-from caltech_hpo.training.checkpoint_files import remove
 
 WEIGHTS = "model.safetensors"
 
@@ -41,7 +40,7 @@ def publish(folder: Path, target: Path) -> None:
     """Moves a finished folder to its name, over an earlier one without a score, and syncs."""
     shutil.rmtree(target, ignore_errors=True)
     for left in folder.glob("*.tmp"):  # by a process that was killed
-        remove(left)
+        left.unlink()
     sync_folder(folder)
     folder.replace(target)
     sync_folder(target.parent)

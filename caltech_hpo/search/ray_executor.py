@@ -81,7 +81,9 @@ class RayExecutor:
                 self._actors.append(_Actor())
                 self._spawn(self._actors[-1])
             for done, actor in enumerate(self._actors, start=1):
-                self.ready = self._ready(actor)
+                ready = self._ready(actor)
+                if done == 1:  # as with processes the first one's
+                    self.ready = ready
                 if progress:
                     progress(STARTING, done, workers)
         except BaseException:

@@ -9,7 +9,7 @@ from pathlib import Path
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.search.messages import Job
 from caltech_hpo.search.running import Running
-from caltech_hpo.training.checkpoint_files import is_abandoned, previous, remove, remove_checkpoint
+from caltech_hpo.training.checkpoint_files import is_abandoned, previous, remove_checkpoint
 
 NONE_BETTER = (-1.0, 0)  # the rank of no trial
 SHORT = 120.0  # seconds of training that may be repeated for the sake of weights
@@ -65,7 +65,7 @@ class TrialFiles:
         for file in self._checkpoints.glob("trial-*"):
             number = file.name.removeprefix("trial-").partition(".")[0]
             if number.isdigit() and (int(number) not in still or is_abandoned(file)):
-                remove(file)
+                file.unlink(missing_ok=True)
 
     def ended(self, number: int, value: float | None) -> None:
         """Notes that a trial has ended; `value` is a complete one's."""

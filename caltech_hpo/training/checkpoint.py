@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.errors import WeightsError
-from caltech_hpo.training.checkpoint_files import previous, remove, unfinished
+from caltech_hpo.training.checkpoint_files import previous, unfinished
+from caltech_hpo.training.tensor_files import safetensors_pieces
 
 DIGEST, DOCUMENT = "sha256", "document"  # in a checkpoint's metadata
 SEAL = f'"{DIGEST}":"'.encode()  # before the digest in the file: elsewhere in a header quotes are escaped
-NO_DIGEST = "0" * 64
+NO_DIGEST = b"0" * 64
 MOST_HEADER = 100_000_000  # bytes; safetensors reads no larger one
 CHUNK = 1 << 20
-SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends its words for one
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
@@ -30,38 +29,26 @@ def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, st
 
     `about` goes into the file's metadata.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with _written(tensors, path, dict(about) if about else None) as made:
-        with made.open("r+b") as file:
-            os.fsync(file.fileno())
-        made.replace(path)
-        sync_folder(path.parent)
+    with _written(path) as file:
+        file.writelines(safetensors_pieces(state, about))
 
 
 @contextlib.contextmanager
-def _written(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> Iterator[Path]:
-    """A safetensors file, written from where the tensors are, that shall get the name `path`. Raises OSError.
-
-    It is in a folder of its own, which goes with all that is in it: the library writes to a file of
-    another name, which stays where it is killed.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    folder = unfinished(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = folder / path.name
+def _written(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when it is whole; `keep`s the one before as `previous`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unfinished(path)
     try:
-        save_file(tensors, made, metadata)
-        made.chmod(folder.stat().st_mode & 0o666)  # the library's is for its owner alone
-        yield made
-    except SafetensorError as error:
-        if found := SYSTEM_ERROR.search(str(error)):
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
-        raise
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(previous(path))
+        temporary.replace(path)
+        sync_folder(path.parent)
     finally:
-        remove(folder)
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -88,43 +75,37 @@ def weights_metadata(path: Path) -> dict[str, str]:
         ) from error
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], document: dict[str, Any]) -> None:
     """Writes tensors and a JSON document under a SHA-256; the checkpoint before is kept until this is there.
 
-    A safetensors file whose metadata holds both, the digest of everything else in the file. The tensors
-    (CPU, contiguous, each with memory of its own) are written from where they are: copies of them, kept
-    beside the training, made a worker that trains an AlexNet twice as large.
+    A safetensors file whose metadata holds both; the digest is of the file with zeros in its place. The
+    tensors are written from where they are: with copies of them beside the training, a worker that trains
+    an AlexNet was twice as large.
     """
-    about = {DOCUMENT: json.dumps(document), DIGEST: NO_DIGEST}
-    with _written(tensors, path, about) as made:
-        with made.open("r+b") as file:
-            place, _, digest = _digest(file)
-            file.seek(place)
-            file.write(digest)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            path.replace(previous(path))
-        made.replace(path)
-        sync_folder(path.parent)
+    about = {DOCUMENT: json.dumps(document), DIGEST: NO_DIGEST.decode()}
+    digest, place = hashlib.sha256(), 0
+    with _written(path, keep=True) as file:
+        for piece in safetensors_pieces(tensors, about):
+            place = place or bytes(piece).index(SEAL) + len(SEAL)  # in the first one
+            file.write(piece)
+            digest.update(piece)
+        file.seek(place)
+        file.write(digest.hexdigest().encode())
 
 
-def _digest(file: BinaryIO) -> tuple[int, bytes, bytes]:
-    """Where a checkpoint's digest is, the one that is there, and the one of what is before and after it.
+def _digests(file: BinaryIO) -> tuple[bytes, bytes]:
+    """The digest that a checkpoint says it has, and the one that it has.
 
-    Raises ValueError for a file that has no place for one.
+    Raises ValueError for a file that says none.
     """
     head = file.read(8)
     head += file.read(min(int.from_bytes(head, "little"), MOST_HEADER))
-    place = head.find(SEAL) + len(SEAL)
+    place = head.index(SEAL) + len(SEAL)
     end = place + len(NO_DIGEST)
-    if place < len(SEAL) or end > len(head):
-        raise ValueError("no checkpoint")
-    digest = hashlib.sha256(head[:place])
-    digest.update(head[end:])
+    digest = hashlib.sha256(head[:place] + NO_DIGEST + head[end:])
     while chunk := file.read(CHUNK):
         digest.update(chunk)
-    return place, head[place:end], digest.hexdigest().encode()
+    return head[place:end], digest.hexdigest().encode()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -145,8 +126,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
     with contextlib.suppress(FileNotFoundError, ValueError):
         with path.open("rb") as file:
-            _, there, digest = _digest(file)
-        if there == digest:
+            said, found = _digests(file)
+        if said == found:
             with safe_open(path, framework="pt") as opened:
                 document: dict[str, Any] = json.loads(opened.metadata()[DOCUMENT])
                 return opened.get_tensors(), document

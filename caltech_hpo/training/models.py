@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from caltech_hpo.errors import UsageError, WeightsError
 from caltech_hpo.terms import TIMM, InitName
 from caltech_hpo.training.architectures import architecture_info
+from caltech_hpo.training.tensor_files import raw_bytes
 from caltech_hpo.training.timm_models import (
     LITE0,
     create_timm_model,
@@ -190,7 +191,7 @@ def state_sha256(state: Mapping[str, Tensor], about: str = "") -> str:
     total = hashlib.sha256(about.encode())
     for name, value in state.items():
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(raw_bytes(value))
     return total.hexdigest()
 
 

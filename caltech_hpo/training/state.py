@@ -76,8 +76,8 @@ def begin_epoch(state: TrainingState, recipe: Recipe, epoch: int) -> None:
 def captured(state: TrainingState, prepared: Prepared) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """The state as tensors and a JSON document, to be written between two batches.
 
-    On a CPU the tensors are the training's own: they change once it goes on. The order of an epoch is
-    drawn anew from its seed; what does not learn comes from the recipe's weights.
+    The tensors are the training's own: they change once it goes on. The order of an epoch is drawn anew
+    from its seed; what does not learn comes from the recipe's weights.
     """
     average = state.average
     swapped = average is not None and average.swapped  # the model holds the averages while a result is out
@@ -120,17 +120,7 @@ def _captured(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tenso
         "optimizer": {"groups": groups["param_groups"], "plain": plain},
         "results": [json.loads(result.model_dump_json()) for result in state.results],
     }  # fmt: skip
-    return dict(apart(tensors)), document
-
-
-def apart(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors on the CPU, contiguous; of those that share memory all but one as copies."""
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        address = value.untyped_storage().data_ptr()
-        yield name, value.clone() if address in seen else value
-        seen.add(address)
+    return {name: value.detach() for name, value in tensors.items()}, document
 
 
 def restore(

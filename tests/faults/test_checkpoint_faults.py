@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from caltech_hpo.training.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from caltech_hpo.training.checkpoint_files import previous
+from caltech_hpo.training.checkpoint_files import previous, remove_checkpoint
 
 FLIPS = 300
 
@@ -59,6 +59,8 @@ def test_killed_while_saving_the_last_or_the_one_before_is_whole(tmp_path, kills
         said += acknowledged - first + 1
         first = number + 1
     assert (unreadable, lost) == (0, 0) and said >= kills
+    remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_flipped_bit_is_detected(tmp_path):

@@ -186,7 +186,9 @@ def test_metrics_that_were_cut_off_are_no_score(place):
     (plan,) = plan_finals("demo", place)
     plan.unfinished.mkdir(parents=True)
     (plan.unfinished / "metrics.json").write_text('{"result": {"study": "de')
+    (plan.unfinished / "model.safetensors.1.tmp").write_text("half")
     assert take(plan).test_images == 12
+    assert not list(plan.folder.glob("*.tmp"))
 
 
 def test_lost_weights_are_trained_again_and_nothing_is_scored(place, monkeypatch):

@@ -24,11 +24,8 @@ def running(number, best):
 
 def trained(folder, number):
     """What a worker leaves of a complete trial."""
-    for name in ("checkpoint", "checkpoint.previous", "safetensors"):
+    for name in ("checkpoint", "checkpoint.previous", "checkpoint.1.tmp", "safetensors"):
         (folder / f"trial-{number}.{name}").write_text(str(number))
-    unfinished = folder / f"trial-{number}.checkpoint.1.tmp"
-    unfinished.mkdir()
-    (unfinished / ".tmpABC").write_text(str(number))
 
 
 def names(folder):
