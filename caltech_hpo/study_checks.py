@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from caltech_hpo.ranges import SEARCHABLE, Choices, Dimension, FloatRange, IntRange
 from caltech_hpo.spec import FIELD_CHECKS, Hyperparameters
+from caltech_hpo.terms import SMALLEST_ALPHA
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,6 +21,7 @@ def recipe_table(table: Any) -> Any:
     return table
 
 
+ALPHAS = ("mixup", "cutmix")  # 0, or large enough to be drawn from
 # Fields that some values of others exclude.
 DEPENDENT = ("freeze", "frozen_blocks", "optimizer", "nesterov", "momentum")
 
@@ -141,6 +143,11 @@ def space_of(table: Any, problems: list[str]) -> dict[str, Dimension]:
 
 def _bound_problems(name: str, dimension: Dimension) -> list[str]:
     """The ends of a range, or its choices, that the recipe's field would refuse."""
+    if name in ALPHAS and isinstance(dimension, FloatRange) and dimension.low == 0:
+        return [
+            f"space.{name}.low: draws between 0 and {SMALLEST_ALPHA} would be refused; write low = "
+            f"{SMALLEST_ALPHA} or more, or choices, which may have 0 (off)"
+        ]
     if isinstance(dimension, Choices):
         ends = {f"choices[{i}]": value for i, value in enumerate(dimension.choices)}
     else:

@@ -111,6 +111,7 @@ def test_unknown_names(name, words):
         (MINIMAL + "epochs = { low = 1, high = 6, step = 2 }", ["not low 1 plus a multiple of step 2"]),
         (MINIMAL + "epochs = { low = 0, high = 6 }", ["space.epochs.low"]),
         (MINIMAL + "momentum = { low = 0.5, high = 1.5 }", ["space.momentum.high"]),
+        (MINIMAL + "mixup = { low = 0.0, high = 0.4 }", ["space.mixup.low: draws between 0 and 0.01"]),
         (MINIMAL + 'freeze = { choices = ["all"] }', ["space.freeze.choices[0]"]),
         (MINIMAL + "freeze = { choices = [] }", ["space.freeze.choices"]),
         (MINIMAL + 'freeze = { low = 1, high = 2 }', ["space.freeze: needs { choices"]),

@@ -187,7 +187,7 @@ def run_speed(
         request = SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False)
         try:
             studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
-        except CaltechHpoError as error:  # what was measured before is not lost with it
+        except (CaltechHpoError, RuntimeError) as error:  # what was measured before is not lost with it
             say(f"{STUDY} with --workers {count}: {error}")
     return Measurements(rows, studies, measure_cache(index, values[0].resize, place.cache, bars))
 

@@ -55,6 +55,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def over(seeds: int) -> str:
+    """How many seeds a mean is over, to follow it; nothing for one or none."""
+    return f" ({seeds} seeds)" if seeds > 1 else ""
+
+
 class ProgressBars:
     """A `Progress` callback of the data room: bars on a terminal, a line now and then elsewhere."""
 

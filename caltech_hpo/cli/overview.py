@@ -9,7 +9,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.markup import escape
 
-from caltech_hpo.cli.display import percent
+from caltech_hpo.cli.display import over, percent
 from caltech_hpo.cli.options import answer, goes_on, progress_bars, say
 from caltech_hpo.cli.tables import table_of
 from caltech_hpo.errors import StorageError, UsageError
@@ -95,8 +95,8 @@ def _cells(one: StudySummary) -> list[str]:
         if one.row
         else "-",
         "not run" if not one.in_database else percent(one.best_validation),
-        percent(one.confirmed.mean) if one.confirmed else "not run",
-        percent(one.test.top1) if one.test else "not run",
+        percent(one.confirmed.mean) + over(one.confirmed.seeds) if one.confirmed else "not run",
+        percent(one.test.top1) + over(one.test.seeds) if one.test else "not run",
         f"{one.test_uses} x",
         str(one.complete + one.pruned),
     ]

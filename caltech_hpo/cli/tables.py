@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from caltech_hpo.cli.display import percent, short_params
+from caltech_hpo.cli.display import over, percent, short_params
 from caltech_hpo.cli.final_tables import score_lines
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def report_table(made: Report) -> RenderableType:
         table.add_row(*(escape(row[name]) for name in columns))
     lines = ["every row: " + ", ".join(f"{name} {cells[0][name]}" for name in same)] if same and cells else []
     lines.append(
-        "* best complete trial; B hand-tuned baseline; one seed a trial; published: loss, validation, test"
+        "* best complete trial; B hand-tuned baseline; one seed where none are given; "
+        "published: loss, validation, test"
     )
     lines += score_lines(made)
     if made.importance:
@@ -175,8 +176,9 @@ def _report_cells(row: ReportRow, best: int | None) -> dict[str, str]:
         "loss": "-" if row.final_loss is None else f"{row.final_loss:.3g}",
         "val": percent(row.val_accuracy),
         "val+flip": percent(row.val_accuracy_flip),
-        "test": percent(row.test_accuracy),
-        "test+flip": percent(row.test_accuracy_flip),
+        "test": percent(row.test_accuracy) + over(row.test_seeds),
+        "test+flip": percent(row.test_accuracy_flip)
+        + ("" if row.test_accuracy_flip is None else over(row.test_seeds)),
         "outcome": row.state if row.stop_reason in ("", "finished") else row.stop_reason.split(":")[0],
         "published": " ".join(published)
         if any(text != "-" for text in published)

@@ -11,6 +11,8 @@ from caltech_hpo.data.dataset import DatasetIndex, Sample
 from caltech_hpo.data.decode import Pixels
 from caltech_hpo.errors import DataError
 
+WITHOUT = "-without"  # in a fingerprint, before how many images could not be read
+
 
 @dataclass(frozen=True)
 class SearchData:
@@ -73,7 +75,7 @@ def load_search_data(
     left_out = sum(len(read_index(path)["unreadable"]) for path in caches.values())
     if left_out:
         _check_coverage(index, parts["training"], caches)
-        fingerprint = f"{fingerprint}-without{left_out}"
+        fingerprint = f"{fingerprint}{WITHOUT}{left_out}"
     return SearchData(index.classes, fingerprint, caches["training"], caches["validation"])
 
 

@@ -23,7 +23,7 @@ from caltech_hpo.results.confirm_events import (
 from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
-from caltech_hpo.results.trainings import SEEDS, Began, searched_data, seeded, train_each
+from caltech_hpo.results.trainings import SEEDS, Began, require_same_images, searched_data, seeded, train_each
 from caltech_hpo.search.locks import confirm_lock
 from caltech_hpo.search.messages import EpochDone, Job
 from caltech_hpo.search.pruning import divergence
@@ -169,6 +169,8 @@ def run_confirm(
             plan.index, resize, plan.place.cache, skip_unreadable=skip_unreadable, progress=progress
         )
         mine = [training for training in plan.open if training.recipe.resize == resize]
+        for training in mine:
+            require_same_images(training.recipe, data, plan.index)
         count, share = min(workers, len(mine)), min(workers, len(plan.finalists) * len(plan.seeds))
         with open_executor(
             mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features,

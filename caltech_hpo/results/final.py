@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from caltech_hpo import __version__
 from caltech_hpo.data.cache import Progress, read_index
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.duplicates import TEST, Group
@@ -24,6 +26,7 @@ from caltech_hpo.results.model_files import WEIGHTS, publish, write_json
 from caltech_hpo.results.plan import FinalPlan, check_again, read_score, stored_score
 from caltech_hpo.results.plots import draw_confusion, draw_training_curves
 from caltech_hpo.results.scores import Labels, confusion_matrix, mean_per_class, top1, wilson_interval
+from caltech_hpo.results.trainings import require_same_images
 from caltech_hpo.search import locks
 from caltech_hpo.search.locks import Check
 from caltech_hpo.search.request import Say, silent
@@ -33,6 +36,8 @@ from caltech_hpo.training.checkpoint_files import remove_checkpoint
 if TYPE_CHECKING:
     from caltech_hpo.training.loop import Evaluation
     from caltech_hpo.training.trained import TrainedModel
+
+METRICS, CONFUSION = "metrics.json", "confusion.png"
 
 
 def final_lock(plan: FinalPlan) -> AbstractContextManager[Check]:
@@ -50,17 +55,16 @@ def taken_meanwhile(plan: FinalPlan) -> FinalResult | None:
     if left is not None:
         ledger.record(plan.place.storage, left)
         finish(plan)
-    rows = ledger.scores(plan.place.storage, plan.study)
-    stored = stored_score(rows, plan.recipe)
+    family = ledger.family_scores(plan.place.storage, plan.study)
+    stored = stored_score(family, plan.recipe)
     if stored is None:
-        family = ledger.family_scores(plan.place.storage, plan.study)
         check_again(plan.study, family, plan.record.number, plan.recipe.configuration, plan.again)
     return stored
 
 
 def is_settled(plan: FinalPlan) -> bool:
     """Whether the recipe has its score and no interrupted call left files to be finished."""
-    return plan.stored is not None and not (plan.unfinished / "metrics.json").is_file()
+    return plan.stored is not None and not (plan.unfinished / METRICS).is_file()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def load_data(
     place = (plan.index, plan.recipe.resize, plan.place.cache)
     test = load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress) if scoring else None
     search = load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress)
+    require_same_images(plan.recipe, search, plan.index)
     if test is None:
         return FinalData(search, None)
     leaks = _leaks(plan.index, test, search)
@@ -117,7 +122,7 @@ def score(plan: FinalPlan, epochs: Sequence[EpochResult], data: FinalData, *, de
         "leaks": [group.names for group in data.leaks],
         "epochs": [epoch.model_dump(mode="json") for epoch in epochs],
     }
-    write_json(plan.unfinished / "metrics.json", document)
+    write_json(plan.unfinished / METRICS, document)
     kept = ledger.record(plan.place.storage, row)
     finish(plan)
     return kept.result
@@ -126,13 +131,16 @@ def score(plan: FinalPlan, epochs: Sequence[EpochResult], data: FinalData, *, de
 def restore(plan: FinalPlan, epochs: Sequence[EpochResult]) -> None:
     """Gives the weights of a scored recipe, trained again, their place; the test set is not looked at.
 
-    Without `metrics.json` and the confusion matrix: they came from the test images.
+    `metrics.json` and the confusion matrix came from the test images: they are kept, where they are.
     """
     assert plan.index is not None
     folder = plan.unfinished
     write_json(folder / "model.json", _trained(plan, plan.index.classes).description)
     draw_training_curves(epochs, f"{plan.study}, trial {plan.record.number}", folder / "curves.png")
     remove_checkpoint(checkpoint_of(plan))
+    for kept in (CONFUSION, METRICS):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(plan.folder / kept, folder / kept)
     publish(folder, plan.folder)
 
 
@@ -146,13 +154,13 @@ def finish(plan: FinalPlan) -> None:
     """Draws what the unfinished folder's metrics tell and moves the folder to its name."""
     folder = plan.unfinished
     remove_checkpoint(checkpoint_of(plan))
-    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    document = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     classes = json.loads((folder / "model.json").read_text(encoding="utf-8"))["classes"]
     epochs = [EpochResult.model_validate(epoch) for epoch in document["epochs"]]
     matrix = np.array(document["confusion_matrix"], dtype=np.int64)
     title = f"{plan.study}, trial {plan.record.number}"
     draw_training_curves(epochs, title, folder / "curves.png")
-    draw_confusion(matrix, classes, f"{title}: test top-1 {top1(matrix):.3f}", folder / "confusion.png")
+    draw_confusion(matrix, classes, f"{title}: test top-1 {top1(matrix):.3f}", folder / CONFUSION)
     publish(folder, plan.folder)
 
 
@@ -197,7 +205,7 @@ def _score_row(plan: FinalPlan, result: FinalResult, test: TestData) -> ScoreRow
         mean_per_class=result.test_mean_per_class_accuracy,
         taken_at=ledger.now(),
         reason=plan.again,
-        version=version("caltech-hpo"),
+        version=__version__,
         result=result,
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from caltech_hpo.data.cache import LabeledImages, Progress
 from caltech_hpo.data.decode import Pixels
-from caltech_hpo.data.loading import load_search_data, named_images
+from caltech_hpo.data.loading import WITHOUT, load_search_data, named_images
 from caltech_hpo.errors import DataError, UsageError
 from caltech_hpo.results.predict import Chosen
 from caltech_hpo.results.scores import confusion_matrix, mean_per_class, top1
@@ -96,9 +96,10 @@ def find_mistakes(
             f"run 'caltech-hpo final --study {study}' (--fit-on train), or give --model FILE",
         )
     index = searched_data(stored_study(place.storage, study), place, progress=progress, say=say)
-    if index.classes != trained.classes:
+    # With another split its training images may be among the validation images.
+    if index.classes != trained.classes or index.fingerprint != trained.recipe.data.partition(WITHOUT)[0]:
         raise DataError(
-            f"{index.root}: other classes than the model's",
+            f"{index.root}: not what the model was trained on (other images, classes or split)",
             "give the folder that it was trained on: --data DIR",
         )
     data = load_search_data(
@@ -108,8 +109,10 @@ def find_mistakes(
     names = list(named_images(index.validation, data.validation_cache))
     where = resolve_device(device)
     model, rows = load_model(trained, where), []
+    # One view, as in the search: a test-time flip is another accuracy.
+    recipe = trained.recipe.model_copy(update={"test_time_flip": False})
     for start in range(0, len(images), CHUNK):
-        rows.append(probabilities(model, trained.recipe, images.images[start : start + CHUNK], where).numpy())
+        rows.append(probabilities(model, recipe, images.images[start : start + CHUNK], where).numpy())
         if progress:
             progress("asking the model", min(start + CHUNK, len(images)), len(images))
     shares = np.concatenate(rows)
@@ -164,7 +167,7 @@ def picture(pixels: Pixels, crop: int) -> str:
     """The centre crop, as the model saw it: a WebP data URI."""
     from PIL import Image
 
-    top, left = ((side - crop) // 2 for side in pixels.shape[:2])
+    top, left = (round((side - crop) / 2) for side in pixels.shape[:2])
     content = io.BytesIO()
     Image.fromarray(pixels[top : top + crop, left : left + crop]).save(
         content, "WEBP", quality=PICTURE_QUALITY

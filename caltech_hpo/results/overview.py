@@ -51,6 +51,7 @@ class StudySummary(Frozen):
     ours_state: str
     ours_validation: float | None
     ours_test: float | None
+    ours_test_seeds: int = 0
     best_trial: int | None
     best_validation: float | None
     confirmed: Confirmed | None
@@ -194,6 +195,7 @@ def summarize(
         ours_state=ours.state if ours else NOT_RUN,
         ours_validation=ours.val_accuracy if ours else None,
         ours_test=ours.test_accuracy if ours else None,
+        ours_test_seeds=ours.test_seeds if ours else 0,
         best_trial=best.number if best else None,
         best_validation=best.value if best else None,
         confirmed=confirmed,

@@ -66,7 +66,7 @@ def summary_cells(made: StudySummary) -> dict[str, str]:
         "published validation": published.outcome or accuracy(published.validation),
         "published test": accuracy(published.test),
         "ours of that row: validation": _ours(made),
-        "ours of that row: test": accuracy(made.ours_test)
+        "ours of that row: test": f"{accuracy(made.ours_test)}, {count(made.ours_test_seeds, 'seed')}"
         if made.ours_test is not None
         else NOT_RUN
         if made.row
@@ -168,14 +168,18 @@ def _row_cells(row: ReportRow, names: Sequence[str], best: int | None) -> dict[s
         "loss": NOTHING if row.final_loss is None else f"{row.final_loss:.3g}",
         "validation": accuracy(row.val_accuracy),
         "validation, flip": accuracy(row.val_accuracy_flip),
-        "test": accuracy(row.test_accuracy),
-        "test, flip": accuracy(row.test_accuracy_flip),
+        "test": _test(row.test_accuracy, row.test_seeds),
+        "test, flip": _test(row.test_accuracy_flip, row.test_seeds),
         "outcome": row.state if row.stop_reason in ("", "finished") else row.stop_reason.split(":")[0],
         "published loss": published.outcome
         or (NOTHING if published.final_loss is None else f"{published.final_loss:g}"),
         "published validation": accuracy(published.validation),
         "published test": accuracy(published.test),
     }
+
+
+def _test(value: float | None, seeds: int) -> str:
+    return NOTHING if value is None else f"{accuracy(value)}, {count(seeds, 'seed')}"
 
 
 def _params(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:

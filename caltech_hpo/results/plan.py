@@ -74,11 +74,10 @@ def plan_finals(
     folders = [place.models / f"{name}-trial{record.number}-{recipe.hash[:8]}" for recipe in recipes]
     for folder in folders:
         keep_published(name, place, record, folder)
-    rows = ledger.scores(place.storage, name)
-    stored = [stored_score(rows, recipe) for recipe in recipes]
+    family = ledger.family_scores(place.storage, name)
+    stored = [stored_score(family, recipe) for recipe in recipes]
     index = None
     if None in stored:
-        family = ledger.family_scores(place.storage, name)
         check_again(name, family, record.number, recipes[0].configuration, reason)
         if retrain:
             seed = recipes[stored.index(None)].seed
@@ -147,7 +146,7 @@ def final_recipe(record: TrialRecord, fit_on: FitOn) -> Recipe:
 
 
 def stored_score(rows: Sequence[ScoreRow], recipe: Recipe) -> FinalResult | None:
-    """The score that was taken of this recipe, if one was."""
+    """The score that was taken of this recipe, if one was; `rows` are NAME's and all NAME@2's."""
     return next((row.result for row in rows if row.recipe_hash == recipe.hash), None)
 
 

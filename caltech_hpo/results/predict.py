@@ -16,6 +16,7 @@ from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.evidence import of_trials
 from caltech_hpo.results.model_files import WEIGHTS, has_weights, kept_folder
+from caltech_hpo.results.plan import choose_trial
 from caltech_hpo.search.records import best_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import stored_study
@@ -72,7 +73,7 @@ def find_model(
         and has_weights(folder)
     ]
     confirmation, best = confirmed(place.storage, study), best_record(records)
-    wanted = confirmation.winner.trial if confirmation else best.number if best else None
+    wanted = choose_trial(study, records, None, confirmation)[0].number if best else None
     winners = [(row, folder) for row, folder in scores if row.trial == wanted] or scores
     if winners:
         row, folder = winners[0]

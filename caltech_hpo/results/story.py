@@ -102,7 +102,8 @@ def study_note(
         f"To search on ({TRIALS_MORE} trials more):\n\n    caltech-hpo search --study {name} --trials {more}",
         f"To confirm the best, then to score the test set:\n\n    caltech-hpo confirm --study {name}\n"
         f"    caltech-hpo final --study {name}",
-        "The values that Optuna shows over the epochs are the best so far; a trial's picture has its curves.",
+        "The values that Optuna shows over a trial's steps are validation accuracies "
+        + ("at percents of its schedule." if spec.pruner.compare_at == "fraction" else "of its epochs."),
         _spec_table(spec),
     ]
     return "\n\n".join(line for line in lines if line)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex, scan
+from caltech_hpo.data.loading import SearchData
 from caltech_hpo.errors import CaltechHpoError, DataError
 from caltech_hpo.search.changes import DATA_ATTR, study_spec
 from caltech_hpo.search.messages import (
@@ -53,6 +54,18 @@ def searched_data(
             "give the same folder as for the search: --data DIR",
         )
     return index
+
+
+def require_same_images(recipe: Recipe, data: SearchData, index: DatasetIndex) -> None:
+    """Raises DataError if other images cannot be read than when the trial was trained.
+
+    The same hash would stand for another training.
+    """
+    if data.fingerprint != recipe.data:
+        raise DataError(
+            f"{index.root}: more or fewer images can be read than when the trial was trained",
+            "put the files back as they were for the search",
+        )
 
 
 @dataclass(frozen=True)

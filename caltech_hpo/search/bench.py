@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -153,14 +154,15 @@ class _Side:
     def measure(self, phase: Phase, seconds: float) -> Timing | None:
         if self.problem:
             return None
-        self._connection.send((phase, seconds))
+        with contextlib.suppress(OSError):  # its process has ended: `_receive` says so
+            self._connection.send((phase, seconds))
         timing: Timing | None = self._receive()
         return timing
 
     def _receive(self) -> Any:
         try:
             message = self._connection.recv()
-        except EOFError:  # the system ends a process that takes too much memory
+        except (EOFError, OSError):  # the system ends a process that takes too much memory
             message = "its process ended"
         if isinstance(message, str):
             self.problem = message

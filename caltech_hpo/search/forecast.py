@@ -51,6 +51,7 @@ class _Trial:
     params: dict[str, Any]
     number: int | None = None
     done: int = 0
+    baseline: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -121,6 +122,7 @@ class Forecaster:
         if isinstance(event, (TrialStarted, TrialResumed)):
             trial = self._running.get(event.number) or self._next(event.number, event.params)
             trial.done = event.done if isinstance(event, TrialResumed) else 0
+            trial.baseline = event.baseline
             self._running[event.number] = trial
         elif isinstance(event, TrialEpoch):
             trial = self._running[event.number]
@@ -130,7 +132,8 @@ class Forecaster:
             trial = self._running.pop(event.number)
             if event.state in ("complete", "pruned"):
                 self._finished += 1
-                self._ends.append((event.state == "pruned", trial.done / trial.values.epochs))
+                if not trial.baseline:  # as in `_learn`: hand-tuned rows say little of the others
+                    self._ends.append((event.state == "pruned", trial.done / trial.values.epochs))
 
     def _next(self, number: int, params: dict[str, Any]) -> _Trial:
         """The trial that begins, taken out of the queue if it is there."""

@@ -116,10 +116,11 @@ class Supervisor:
     def _find_orphans(self) -> Iterator[SearchEvent]:
         """The lock is ours, so every RUNNING trial belongs to a search that is gone. It goes on.
 
-        One that was killed before its recipe was written has nothing to go on with.
+        One that was killed before its recipe was written, or whose images were of another size, begins anew.
         """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if RECIPE_KEY in trial.system_attrs:
+            recipe = trial.system_attrs.get(RECIPE_KEY)
+            if recipe is not None and recipe["resize"] == self._spec.recipe.resize:
                 self._orphans.append(trial.number)
             else:
                 baseline = trial.user_attrs.get(BASELINE_ATTR, "")

@@ -131,7 +131,8 @@ def run_job(
         failed = Failed(job.number, "out of memory" if full else "bug", message)
     finally:  # the generator is closed at its last event
         if context.device.type == "cuda":
-            release_freed_memory(context.device)
+            with contextlib.suppress(RuntimeError):  # after some faults CUDA answers nothing any more
+                release_freed_memory(context.device)
     if failed:  # not in the handlers, where the error's traceback holds the training's memory
         yield failed
 

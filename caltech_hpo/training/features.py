@@ -77,7 +77,7 @@ def feature_source(
                 yield from _compute(prefix, images, plan, file, precision, flipped=bool(view), label=label)
             tensors.append(read_features(file))
         opened.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
-    labels = torch.as_tensor(split.images.labels)
+    labels = torch.cat([torch.as_tensor(images.labels) for images, _ in split.parts])
     kept = tuple(tensor.to(plan.device) for tensor in opened)
     yield FeatureSource(kept, labels.to(plan.device), plan)
 
@@ -97,6 +97,7 @@ def feature_key(
 def feature_bytes(prefix: nn.Module, plan: BatchPlan, precision: Precision) -> int:
     """Bytes of one view's features."""
     prefix.eval()
+    try_algorithms(wanted=False)
     with autocast(plan.device, precision):
         one: Tensor = prefix(torch.zeros(1, 3, plan.crop, plan.crop, device=plan.device))
     return one.numel() * one.element_size()

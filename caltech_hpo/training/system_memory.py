@@ -14,9 +14,11 @@ import torch
 # Of the memory that is free when a worker starts; the rest is for what nobody counts.
 USABLE_SHARE = 0.8
 CGROUP = Path("/sys/fs/cgroup")
+# cuDNN 9 has other names than 8, and where none of its algorithms finds memory torch says that it has none.
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED",
+    "unable to find an engine",
 )  # fmt: skip
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -214,6 +214,37 @@ def test_lost_weights_are_trained_again_and_nothing_is_scored(place, monkeypatch
     assert "test top-1" in find_model("demo", place).words
 
 
+def test_weights_that_come_back_leave_what_the_test_images_told(place):
+    (plan,) = plan_finals("demo", place)
+    scored = take(plan)
+    told = [(plan.folder / name).read_bytes() for name in ("metrics.json", "confusion.png")]
+    (plan.folder / "model.safetensors").unlink()
+    (again,) = plan_finals("demo", place, retrain=True)
+    assert take(again, "restored", retrain=True) == scored
+    assert [(plan.folder / name).read_bytes() for name in ("metrics.json", "confusion.png")] == told
+    assert (plan.folder / "model.safetensors").is_file() and len(ledger.scores(place.storage, "demo")) == 1
+
+
+def test_a_repetition_of_a_study_scores_no_recipe_again(place):
+    (plan,) = plan_finals("demo", place)
+    scored = take(plan)
+    data = scan(place.data).fingerprint
+    write_study(place.storage, [([0.1, 0.9], SHORT)], data=data, name="demo@2")
+    (repeated,) = plan_finals("demo@2", place)
+    assert repeated.recipe == plan.recipe and repeated.stored == scored and take(repeated) == scored
+    assert len(ledger.family_scores(place.storage, "demo")) == 1
+
+
+def test_other_unreadable_images_than_the_search_had_are_refused(place):
+    """The recipe's hash would stand for another training."""
+    (plan,) = plan_finals("demo", place)
+    broken = plan.index.root / plan.index.training[0].path
+    broken.write_bytes(bytes(broken.stat().st_size))  # of the same size: the same data, by its names
+    with pytest.raises(DataError, match="more or fewer images can be read"):
+        take(plan, skip_unreadable=True)
+    assert not ledger.scores(place.storage, "demo")
+
+
 def test_two_calls_cannot_both_be_the_first(place):
     one, other = plan_finals("demo", place)[0], plan_finals("demo", place, trial=1)[0]
     first = take(one)

@@ -221,6 +221,29 @@ def test_a_model_that_has_learned_the_validation_images_is_refused(place):
         find_mistakes("demo", place, Chosen(both, "x"))
 
 
+def test_a_model_of_another_split_is_refused(place):
+    """It may have learned these validation images."""
+    chosen = find_model("demo", place)
+    recipe = chosen.model.recipe.model_copy(update={"data": "another"})
+    other = type(chosen.model)(chosen.model.weights, recipe, chosen.model.classes)
+    with pytest.raises(DataError, match="images, classes or split"):
+        find_mistakes("demo", place, Chosen(other, "x"))
+    without = chosen.model.recipe.model_copy(update={"data": f"{chosen.model.recipe.data}-without2"})
+    some = type(chosen.model)(chosen.model.weights, without, chosen.model.classes)
+    assert find_mistakes("demo", place, Chosen(some, "x"), device="cpu").mistakes.images
+
+
+def test_mistakes_are_those_of_one_view(place):
+    """A test-time flip is another accuracy, and has columns of its own elsewhere."""
+    chosen = find_model("demo", place)
+    recipe = chosen.model.recipe.model_copy(update={"test_time_flip": True})
+    flipping = type(chosen.model)(chosen.model.weights, recipe, chosen.model.classes)
+    plain = find_mistakes("demo", place, chosen, device="cpu", most=100).mistakes
+    assert (
+        find_mistakes("demo", place, Chosen(flipping, chosen.words), device="cpu", most=100).mistakes == plain
+    )
+
+
 def test_the_commands_answer(place, tmp_path):
     def answer(*arguments, code=0):
         done = CliRunner().invoke(app, [*map(str, arguments), "--home", str(place.home), "--json"])

@@ -200,6 +200,10 @@ def test_it_learns_from_the_search_it_watches():
     watched.handle(TrialStarted(1, {"learning_rate": 0.1}, 10, ""))
     watched.handle(TrialEnded(1, "failed", None, "out of memory"))
     assert watched.forecast(4).trials == 3  # a failed trial does not count
+    watched.handle(TrialStarted(2, {"learning_rate": 0.1}, 10, "by hand"))
+    watched.handle(TrialEnded(2, "complete", 0.5, "finished"))
+    after = watched.forecast(4)
+    assert (after.trials, after.history) == (2, 1)  # hand-tuned rows say little of the others
 
 
 def test_one_example_of_each_kind_the_usual_one_first():

@@ -307,6 +307,19 @@ def test_an_interrupted_search_goes_on_with_the_same_trials(storage):
     assert sum("baseline" in trial.user_attrs for trial in study.trials) == 1
 
 
+def test_a_trial_on_images_of_another_size_begins_anew(storage):
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    run = Supervisor(*hold(study, storage), SPEC, Scripted(bursts=False), BINDING).run(2)
+    params = next(run).params
+    next(run)
+    run.close()
+    larger = SPEC.model_copy(update={"recipe": SPEC.recipe.model_copy(update={"resize": 40})})
+    study, events = supervise(storage, Scripted(), 2, spec=larger)
+    assert events[0] == Requeued(0) and events[1].params == params
+    assert [record.state for record in trial_records(study)] == ["failed", "complete", "complete"]
+    assert {record.recipe.resize for record in trial_records(study)[1:]} == {40}
+
+
 def test_a_search_that_is_asked_to_stop_pauses_its_trials(storage):
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
     seen = []

@@ -14,6 +14,7 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.checkpoint import load_weights, save_weights
 from caltech_hpo.training.device import (
+    autocast,
     has_fast_bf16,
     resolve_device,
     resolve_precision,
@@ -166,7 +167,8 @@ def test_training_on_a_gpu(data):
     torch.cuda.set_sync_debug_mode("error")  # nothing waits for the GPU between batches
     try:
         train_batches(made, ready, state, ready.training.training(state.order, state.draws))
-        with torch.inference_mode():
+        ready.runs.eval()
+        with torch.inference_mode(), autocast(device, resolve_precision("auto", device)):
             for inputs, _ in ready.validation.evaluation():
                 ready.runs(inputs)
     finally:
