@@ -198,10 +198,10 @@ def _pruned_at(trial: optuna.Trial, record: TrialRecord, declared: PrunerSpec, *
     last = record.epochs[-1].epoch
     epochs = record.recipe.epochs if record.recipe else last
     diverged = record.stop_reason.startswith(DIVERGED)
-    for result in record.epochs:
+    for count, result in enumerate(record.epochs, start=1):
         spared = exempt or (diverged and result.epoch == last)
-        report(trial, result, epochs, declared)
-        if not spared and lags(trial, result, epochs, declared):
+        report(trial, record.epochs[:count], epochs, declared)
+        if not spared and lags(trial, record.epochs[:count], epochs, declared):
             return result.epoch
     return None
 

@@ -39,33 +39,43 @@ def divergence(results: Sequence[EpochResult]) -> str:
     return ""
 
 
-def report_steps(epoch: int, epochs: int, compare_at: str) -> range:
-    """The Optuna steps at which epoch `epoch` of `epochs` (from 1) reports its accuracy.
+def reported(results: Sequence[EpochResult], epochs: int, compare_at: str) -> dict[int, float]:
+    """The Optuna steps, and the accuracies there, that the latest epoch of a trial of `epochs` adds.
 
     Optuna compares trials at equal steps only. For "epoch" the step is the epoch. For "fraction" it is
-    the percent of the trial's own schedule: the epoch reports at each whole percent that it newly
-    reaches, so that every complete trial has every step from 1 to 100, however many epochs it ran;
-    with more than 100 epochs some reach no new percent, and the range is empty.
+    the percent of the trial's own schedule that its epochs have reached; at the percents between two
+    epochs the earlier one's accuracy counts, and before the first epoch's end none, so that no trial is
+    compared with what another one reached later. With more than 100 epochs some reach no new percent and
+    add nothing.
     """
+    epoch, accuracy = results[-1].epoch, results[-1].validation_top1 or 0.0
     if compare_at == "epoch":
-        return range(epoch, epoch + 1)
-    return range(PERCENT * (epoch - 1) // epochs + 1, PERCENT * epoch // epochs + 1)
+        return {epoch: accuracy}
+    before, now = (PERCENT * count // epochs for count in (epoch - 1, epoch))
+    if now == before:
+        return {}
+    between = dict.fromkeys(range(before + 1, now), results[-2].validation_top1 or 0.0) if epoch > 1 else {}
+    return between | {now: accuracy}
 
 
-def report(trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec) -> None:
-    """Reports an epoch of a trial of `epochs` to Optuna, at the steps where trials are compared."""
-    for step in report_steps(result.epoch, epochs, declared.compare_at):
-        trial.report(result.validation_top1 or 0.0, step)
+def report(
+    trial: optuna.Trial, results: Sequence[EpochResult], epochs: int, declared: PrunerSpec
+) -> None:  # fmt: skip
+    """Reports the latest epoch of a trial of `epochs` to Optuna, at the steps where trials are compared."""
+    for step, accuracy in reported(results, epochs, declared.compare_at).items():
+        trial.report(accuracy, step)
 
 
-def lags(trial: optuna.Trial, result: EpochResult, epochs: int, declared: PrunerSpec) -> bool:
-    """Whether Optuna's pruner would end the trial of `epochs` epochs after the one that was reported.
+def lags(
+    trial: optuna.Trial, results: Sequence[EpochResult], epochs: int, declared: PrunerSpec
+) -> bool:  # fmt: skip
+    """Whether Optuna's pruner would end a trial of `epochs` after its latest one, which was reported.
 
     The pruner sees every epoch, but is not asked during the warm-up (counted in epochs, whatever trials
     are compared at) or after the last epoch.
     """
-    steps = report_steps(result.epoch, epochs, declared.compare_at)
-    return len(steps) > 0 and declared.warmup_epochs <= result.epoch < epochs and trial.should_prune()
+    new = bool(reported(results, epochs, declared.compare_at))
+    return new and declared.warmup_epochs <= results[-1].epoch < epochs and trial.should_prune()
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

@@ -56,7 +56,7 @@ def verdict(running: Running, pruner: PrunerSpec, *, exempt: bool, seconds: floa
     diverged = divergence(running.results)
     if diverged or latest.epoch == running.recipe.epochs:
         return diverged
-    if not exempt and lags(running.trial, latest, running.recipe.epochs, pruner):
+    if not exempt and lags(running.trial, running.results, running.recipe.epochs, pruner):
         return f"{LAGGING}: {pruner.name} pruner at epoch {latest.epoch}"
     if seconds is not None and time.monotonic() - running.began > seconds:
         return f"timed out: more than {seconds / 60:g} minutes at epoch {latest.epoch}"

@@ -119,8 +119,7 @@ class Supervisor:
         One that was killed before its recipe was written, or whose images were of another size, begins anew.
         """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            recipe = trial.system_attrs.get(RECIPE_KEY)
-            if recipe is not None and recipe["resize"] == self._spec.recipe.resize:
+            if trial.system_attrs.get(RECIPE_KEY, {}).get("resize") == self._spec.recipe.resize:
                 self._orphans.append(trial.number)
             else:
                 baseline = trial.user_attrs.get(BASELINE_ATTR, "")
@@ -198,7 +197,7 @@ class Supervisor:
         # By way of pydantic's JSON, which writes NaN as text: bare NaN is no JSON.
         stored = json.loads(result.model_dump_json())
         self._storage.set_trial_system_attr(self._trial_id(number), f"{EPOCH_KEY}{result.epoch}", stored)
-        report(running.trial, result, running.recipe.epochs, self._spec.pruner)
+        report(running.trial, running.results, running.recipe.epochs, self._spec.pruner)
         running.stop_reason = self._verdict(running)
         self._executor.answer(number, not running.stop_reason)
         best = running.best

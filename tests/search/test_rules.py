@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from caltech_hpo.cli.search_commands import parse_params
 from caltech_hpo.errors import UsageError
 from caltech_hpo.ranges import Choices
-from caltech_hpo.search.pruning import divergence, lags, make_pruner, make_sampler, report, report_steps
+from caltech_hpo.search.pruning import divergence, lags, make_pruner, make_sampler, report, reported
 from caltech_hpo.search.request import check_enqueued
 from caltech_hpo.search.space import Binding, recipe_for, suggest
 from caltech_hpo.spec import EpochResult, PrunerSpec, SamplerSpec
@@ -86,27 +86,52 @@ def test_pruners_leave_the_warm_up_alone(name, kind):
     assert any(stops[11:]) == (name != "none")
 
 
-@given(st.integers(1, 10_000))
-def test_every_complete_trial_has_every_percent_once(epochs):
-    steps = [step for epoch in range(1, epochs + 1) for step in report_steps(epoch, epochs, "fraction")]
-    assert steps == list(range(1, 101))
+def curve_of(epochs, compare_at="fraction"):
+    """All that a trial reports whose accuracy is the share of its schedule."""
+    results = accuracies([epoch / epochs for epoch in range(1, epochs + 1)])
+    told = {}
+    for count in range(1, epochs + 1):
+        new = reported(results[:count], epochs, compare_at)
+        assert not told.keys() & new.keys()
+        told |= new
+    return told
+
+
+@given(st.integers(1, 3000))
+def test_a_complete_trial_has_every_percent_that_it_reached_and_nothing_of_later(epochs):
+    told = curve_of(epochs)
+    assert list(told) == list(range(max(1, 100 // epochs), 101))
+    for step, value in told.items():  # what its last whole epoch reached, down to whole percents
+        assert step - 100 / epochs - 1e-9 <= 100 * value < step + 1
 
 
 @pytest.mark.parametrize(
-    ("epoch", "epochs", "compare_at", "steps"),
+    ("results", "epochs", "compare_at", "steps"),
     [
-        (7, 50, "epoch", [7]),
-        (1, 50, "fraction", [1, 2]),
-        (50, 50, "fraction", [99, 100]),
-        (1, 3, "fraction", list(range(1, 34))),
-        (3, 3, "fraction", list(range(67, 101))),
-        (1, 1, "fraction", list(range(1, 101))),
-        (1, 200, "fraction", []),
-        (2, 200, "fraction", [1]),
+        ([0.1, 0.2], 50, "epoch", {2: 0.2}),
+        ([0.1], 50, "fraction", {2: 0.1}),
+        ([0.1, 0.2], 50, "fraction", {3: 0.1, 4: 0.2}),
+        ([0.1], 3, "fraction", {33: 0.1}),
+        ([0.1, None, 0.3], 3, "fraction", dict.fromkeys(range(67, 100), 0.0) | {100: 0.3}),
+        ([0.1], 1, "fraction", {100: 0.1}),
+        ([0.1], 200, "fraction", {}),
+        ([0.1, 0.2], 200, "fraction", {1: 0.2}),
     ],
 )
-def test_the_steps_of_an_epoch(epoch, epochs, compare_at, steps):
-    assert list(report_steps(epoch, epochs, compare_at)) == steps
+def test_what_an_epoch_adds(results, epochs, compare_at, steps):
+    assert reported(accuracies(results), epochs, compare_at) == steps
+
+
+def test_of_trials_on_one_curve_none_lags_at_equal_shares():
+    """Long ones are asked more often, and before short ones have learned as much."""
+    declared = PrunerSpec(name="median", warmup_epochs=1, startup_trials=1, compare_at="fraction")
+    spec = load_study("alexnet-scratch").model_copy(update={"pruner": declared})
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(spec))
+    for epochs in (4, 4, 8, 12, 60, 7):
+        trial = study.ask()
+        results = accuracies([epoch / epochs for epoch in range(1, epochs + 1)])
+        assert not any(asked(trial, results[:count], epochs, declared) for count in range(1, epochs + 1))
+        study.tell(trial, 1.0)
 
 
 def accuracies(values):
@@ -119,9 +144,9 @@ def accuracies(values):
     ]  # fmt: skip
 
 
-def asked(trial, result, epochs, declared):
-    report(trial, result, epochs, declared)
-    return lags(trial, result, epochs, declared)
+def asked(trial, results, epochs, declared):
+    report(trial, results, epochs, declared)
+    return lags(trial, results, epochs, declared)
 
 
 @pytest.mark.parametrize("compare_at", ["epoch", "fraction"])
@@ -133,12 +158,13 @@ def test_the_warm_up_is_counted_in_epochs_and_the_last_epoch_is_not_asked(name, 
     study = optuna.create_study(direction="maximize", pruner=make_pruner(spec))
     for _ in range(12):
         good = study.ask()
-        for result in accuracies([0.5] * 60):
-            asked(good, result, 60, declared)
+        for count in range(1, 61):
+            asked(good, accuracies([0.5] * count), 60, declared)
         study.tell(good, 0.5)
     for epochs in (30, 60):
         bad = study.ask()
-        stops = [asked(bad, result, epochs, declared) for result in accuracies([0.01] * epochs)]
+        results = accuracies([0.01] * epochs)
+        stops = [asked(bad, results[:count], epochs, declared) for count in range(1, epochs + 1)]
         assert not any(stops[: warmup - 1]) and not stops[-1]
         if name != "hyperband":  # which may have put the trial into a bracket of its own
             assert any(stops) == (name != "none" and warmup < epochs)
