@@ -99,7 +99,7 @@ def _show(view: TrainingsView, event: ConfirmEvent) -> None:
     if isinstance(event, TrainingStarted):
         view.started(name, recipe.epochs, resumed=event.resumed)
     elif isinstance(event, TrainingEpoch):
-        view.epoch(name, event.result, recipe.epochs)
+        view.epoch(name, event.result, recipe.epochs, before=event.before)
     else:
         run = event.run
         text = f"{run.stop_reason}, best validation {percent(run.value)}"

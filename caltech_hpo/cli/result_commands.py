@@ -172,7 +172,7 @@ def _show(view: TrainingsView, event: RetrainingStarted | RetrainingEpoch | Scor
     if isinstance(event, RetrainingStarted):
         view.started(name, plan.recipe.epochs, resumed=event.resumed)
     elif isinstance(event, RetrainingEpoch):
-        view.epoch(name, event.result, plan.recipe.epochs)
+        view.epoch(name, event.result, plan.recipe.epochs, before=event.before)
     else:
         view.tell(f"scoring {name} on the test set")
 

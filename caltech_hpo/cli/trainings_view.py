@@ -56,19 +56,20 @@ class TrainingsView:
         """A training begins, or goes on."""
         if self._console.is_terminal:
             self._tasks[name] = self._bars.add_task(name, total=epochs)
-        how = "goes on from its checkpoint; the epochs before it are shown again" if resumed else "starts"
+        how = "goes on from its checkpoint" if resumed else "starts"
         text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
         (self.tell if resumed else self.line)(text)
 
-    def epoch(self, name: str, result: EpochResult, epochs: int) -> None:
-        """One of a training's `epochs` is over."""
+    def epoch(self, name: str, result: EpochResult, epochs: int, *, before: bool) -> None:
+        """One of a training's `epochs` is over; those from `before` its checkpoint get no line."""
         self._seconds.append(result.seconds)
         self._epochs_left -= 1
         text = f"loss {result.training_loss:.4f}"
         if result.validation_top1 is not None:
             text += f", validation {percent(result.validation_top1)}"
         left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
-        self.line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
+        if not before:
+            self.line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
         if name in self._tasks:
             self._bars.update(self._tasks[name], completed=result.epoch, description=f"{name}: {text}; epoch")
 

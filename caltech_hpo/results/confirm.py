@@ -198,7 +198,7 @@ def train_all(
         if isinstance(event, Began):
             yield TrainingStarted(training, event.resumed)
         elif isinstance(event, EpochDone):
-            yield TrainingEpoch(training, event.result)
+            yield TrainingEpoch(training, event.result, event.before)
         else:
             yield TrainingEnded(training, _run(plan.study, training, event.results))
             remove_checkpoint(_checkpoint(plan, training.recipe))

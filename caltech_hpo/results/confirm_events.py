@@ -26,10 +26,11 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class TrainingEpoch:
-    """An epoch of a training."""
+    """An epoch of a training; one from `before` the checkpoint is told again."""
 
     training: Training
     result: EpochResult
+    before: bool = False
 
 
 @dataclass(frozen=True)

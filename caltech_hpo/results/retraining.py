@@ -47,10 +47,11 @@ class RetrainingStarted:
 
 @dataclass(frozen=True)
 class RetrainingEpoch:
-    """An epoch of it."""
+    """An epoch of it; one from `before` the checkpoint is told again."""
 
     plan: FinalPlan
     result: EpochResult
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _trained(
                     shutil.rmtree(plan.unfinished, ignore_errors=True)
                 yield RetrainingStarted(plan, event.resumed)
             elif isinstance(event, EpochDone):
-                yield RetrainingEpoch(plan, event.result)
+                yield RetrainingEpoch(plan, event.result, event.before)
             else:
                 if not has_weights(plan.unfinished):
                     raise StorageError(

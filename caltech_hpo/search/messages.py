@@ -96,10 +96,11 @@ class Working:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch of a job; the worker waits for `answer`."""
+    """An epoch of a job; the worker waits for `answer`. One from `before` the checkpoint is told again."""
 
     job: int
     result: EpochResult
+    before: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
 # Between progress messages of one job, in parts of the whole.
 PROGRESS_STEPS = 50
 CHECKPOINT_EVERY = 60.0  # seconds; at the end of an epoch
+CHEAP = 1.2  # seconds: what takes longer to write is written less often, in a fiftieth of the time at most
 
 
 @dataclass(frozen=True)
@@ -187,16 +188,17 @@ def _report(
     results: Iterable[EpochResult],
 ) -> Generator[JobEvent, bool, None]:  # fmt: skip
     """Yields the epochs that are not known, stops when told to; those `before` come from the checkpoint."""
-    saved = time.monotonic()
+    saved, every = time.monotonic(), CHECKPOINT_EVERY
     for new, result in itertools.chain(((False, r) for r in before), ((True, r) for r in results)):
         if state.best and new:
             state.best.offer(changing(prepared.model), result, last=result.epoch == job.recipe.epochs)
-        if result.epoch > job.known and not (yield EpochDone(job.number, result)):
+        if result.epoch > job.known and not (yield EpochDone(job.number, result, not new)):
             yield Finished(job.number)
             return
-        if new and job.checkpoint and time.monotonic() - saved >= CHECKPOINT_EVERY:
+        if new and job.checkpoint and (began := time.monotonic()) - saved >= every:
             yield from _written(job, job.checkpoint, "a checkpoint", partial(_save, job, prepared, state))
             saved = time.monotonic()
+            every = CHECKPOINT_EVERY * max(1.0, (saved - began) / CHEAP)
     if state.epoch > job.recipe.epochs:
         if state.best and state.best.tensors and job.keep:
             about = {DESCRIPTION: json.dumps(describe_model(job.recipe, context.classes))}

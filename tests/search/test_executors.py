@@ -185,7 +185,9 @@ def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path):
         assert told[-1] == Finished(1) and scores(told) == expected and kept.read_bytes() == weights
         assert len(pids) == 2  # of the worker that was asked to end, and of its successor
         # what the supervisor does not know, though it was trained, is told again
-        assert scores(settled_job(executor, Job(2, many, checkpoint=file, known=1))) == expected[1:]
+        again = settled_job(executor, Job(2, many, checkpoint=file, known=1))
+        assert scores(again) == expected[1:] and all(event.before for event in again[:-1])
+        assert not told[0].before
         settled_job(executor, Job(3, many, tmp_path / "not better", above=1.0))
         assert not (tmp_path / "not better").exists()
     finally:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from caltech_hpo.cli import options
 from caltech_hpo.cli.search_view import SearchView
+from caltech_hpo.cli.trainings_view import TrainingsView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
 from caltech_hpo.search.costs import Costs
@@ -288,3 +289,15 @@ def test_a_message_has_a_line_of_its_own_above_the_bars(monkeypatch):
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue()).splitlines()
     assert "starting 1 worker" in [line.strip() for line in lines]
     assert any("decoding" in line and "1/2" in line for line in lines)
+
+
+def test_epochs_that_are_told_again_get_no_line():
+    console = Console(file=StringIO(), width=200)
+    view = TrainingsView(console, ["trial 0 seed 1"], 3, workers=1)
+    view.started("trial 0 seed 1", 3, resumed=True)
+    epochs = record(0, 3).epochs
+    for result in epochs:
+        view.epoch("trial 0 seed 1", result, 3, before=result.epoch < 3)
+    first, second = console.file.getvalue().splitlines()
+    assert first.endswith("goes on from its checkpoint (1 of 1 trainings)") and "epoch 3/3" in second
+    assert second.endswith("0 s left")
