@@ -66,7 +66,7 @@ def summary_cells(made: StudySummary) -> dict[str, str]:
         "published validation": published.outcome or accuracy(published.validation),
         "published test": accuracy(published.test),
         "ours of that row: validation": _ours(made),
-        "ours of that row: test": f"{accuracy(made.ours_test)}, {count(made.ours_test_seeds, 'seed')}"
+        "ours of that row: test": _test(made.ours_test, made.ours_test_seeds)
         if made.ours_test is not None
         else NOT_RUN
         if made.row

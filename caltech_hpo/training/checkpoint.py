@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor, nn
 
-from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.cache import whole_file
 from caltech_hpo.errors import WeightsError
-from caltech_hpo.training.checkpoint_files import previous, unfinished
+from caltech_hpo.training.checkpoint_files import previous
 from caltech_hpo.training.tensor_files import safetensors_pieces
 
 DIGEST, DOCUMENT = "sha256", "document"  # in a checkpoint's metadata
@@ -29,26 +28,8 @@ def save_weights(state: Mapping[str, Tensor], path: Path, about: Mapping[str, st
 
     `about` goes into the file's metadata.
     """
-    with _written(path) as file:
+    with whole_file(path) as file:
         file.writelines(safetensors_pieces(state, about))
-
-
-@contextlib.contextmanager
-def _written(path: Path, *, keep: bool = False) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when it is whole; `keep`s the one before as `previous`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = unfinished(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            path.replace(previous(path))
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -84,7 +65,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], document: dict[st
     """
     about = {DOCUMENT: json.dumps(document), DIGEST: NO_DIGEST.decode()}
     digest, place = hashlib.sha256(), 0
-    with _written(path, keep=True) as file:
+    with whole_file(path, previous=previous(path)) as file:
         for piece in safetensors_pieces(tensors, about):
             place = place or bytes(piece).index(SEAL) + len(SEAL)  # in the first one
             file.write(piece)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -11,11 +10,6 @@ import psutil
 def previous(path: Path) -> Path:
     """Where the checkpoint before the one at `path` is kept."""
     return path.with_name(f"{path.name}.previous")
-
-
-def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it takes its place; of this process, as another may be leaving."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def is_abandoned(path: Path) -> bool:
