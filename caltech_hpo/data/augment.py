@@ -167,12 +167,6 @@ def beta(count: int, alpha: float, generator: torch.Generator) -> Tensor:
     return share.float()
 
 
-def flip_some(batch: Tensor, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """Mirrors each image of (n, channels, height, width) left to right with that probability."""
-    chosen = torch.rand(len(batch), generator=generator) < probability
-    return torch.where(to_device(chosen, batch.device)[:, None, None, None], batch.flip(3), batch)
-
-
 def rotate_each(batch: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
     """Turns each image of (n, channels, height, width) float by its own angle in [-degrees, degrees].
 

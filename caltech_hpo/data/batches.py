@@ -17,7 +17,6 @@ from caltech_hpo.data.augment import (
     boxes,
     crop_corners,
     erase_some,
-    flip_some,
     jitter_each,
     mix,
     rotate_each,
@@ -117,14 +116,12 @@ def make_batch(
     """The images at positions `chosen` (n,) as one batch (see `training_batches`)."""
     # NHWC in memory seen as NCHW is what torch calls channels_last: no copy.
     batch = cropped(data, chosen, plan, augmentation, draws).permute(0, 3, 1, 2)
-    if augmentation.flip:
-        batch = flip_some(batch, draws, augmentation.flip)
-    batch = batch.float()
     if plan.color_jitter:
-        batch = jitter_each(batch, plan.color_jitter, draws)
+        batch = jitter_each(batch.float(), plan.color_jitter, draws)
     if augmentation.rotation:
-        batch = rotate_each(batch, augmentation.rotation, draws).contiguous(memory_format=torch.channels_last)
-    normalize_(batch, plan.normalization)
+        turned = rotate_each(batch.float(), augmentation.rotation, draws)
+        batch = turned.contiguous(memory_format=torch.channels_last)
+    batch = normalized(batch, plan.normalization)
     if isinstance(data, ResidentImages):
         return batch, data.labels[to_device(chosen, plan.device)]
     return batch, to_device(torch.from_numpy(data.labels[chosen.numpy()]), plan.device)
@@ -143,12 +140,16 @@ def cropped(
         places = boxes(sizes, (plan.smallest_area, 1.0), CROP_RATIOS, draws)
     else:
         places = crop_corners(sizes, plan.crop, random=augmentation.random_crop, generator=draws)
+    mirrored = torch.rand(len(chosen), generator=draws) < augmentation.flip if augmentation.flip else None
     if isinstance(data, ResidentImages):
         cut = data.resized if augmentation.resized else data.crops
-        return cut(chosen, places, plan.crop)
+        return cut(chosen, places, plan.crop, mirrored)
     cut_here = resized_on_host if augmentation.resized else crops_on_host
+    pixels = cut_here(images, places.tolist(), plan.crop)
+    for i in mirrored.nonzero()[:, 0].tolist() if mirrored is not None else ():
+        pixels[i] = pixels[i, :, ::-1].copy()
     # pixels cross to the device as bytes, a quarter of their size as floats
-    return to_device(torch.from_numpy(cut_here(images, places.tolist(), plan.crop)), plan.device)
+    return to_device(torch.from_numpy(pixels), plan.device)
 
 
 def crops_on_host(images: list[Pixels], corners: list[list[int]], crop: int) -> Pixels:
@@ -168,15 +169,18 @@ def resized_on_host(images: list[Pixels], places: list[list[int]], crop: int) ->
     return pixels
 
 
-def normalize_(batch: Tensor, normalization: Normalization) -> Tensor:
-    """Scales pixels of 0 to 255 to [0, 1], then subtracts the mean and divides by std, in place."""
+def normalized(batch: Tensor, normalization: Normalization) -> Tensor:
+    """Scales pixels of 0 to 255 (n, 3, height, width) to [0, 1], subtracts the mean and divides by std.
+
+    The result is float32, a new tensor.
+    """
     rows = batch.permute(0, 2, 3, 1)
     if rows.is_contiguous():  # channels_last: whole rows of pixels, three times as fast on a CPU as colours
         mean, std = _levels(normalization, batch.device, batch.shape[3])
-        rows.view(-1, len(mean)).sub_(mean).div_(std)
-        return batch
+        levels = rows.view(-1, len(mean))  # bytes become floats on the way: a pass less over the memory
+        return levels.sub(mean).div_(std).view(rows.shape).permute(0, 3, 1, 2)
     mean, std = (level.view(1, 3, 1, 1) for level in _levels(normalization, batch.device, 1))
-    return batch.sub_(mean).div_(std)
+    return batch.sub(mean).div_(std)
 
 
 @functools.lru_cache(maxsize=16)  # a tensor made for every batch would make a GPU wait for its copy

@@ -47,19 +47,30 @@ class ResidentImages:
             torch.cat([self.labels, other.labels]),
         )
 
-    def crops(self, chosen: Tensor, corners: Tensor, crop: int) -> Tensor:
-        """Square crops (n, crop, crop, 3) uint8 of `chosen` images (n,), at (top, left) `corners` (n, 2)."""
+    def crops(
+        self, chosen: Tensor, corners: Tensor, crop: int, mirrored: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Square crops (n, crop, crop, 3) uint8 of `chosen` images (n,), at (top, left) `corners` (n, 2).
+
+        Those `mirrored` (n,) bool are turned left to right.
+        """
         top, left = corners.unbind(1)
         widths = self.sizes[chosen, 1]
         first = to_device(self.starts[chosen] + top * widths + left, self.pixels.device)
         widths = to_device(widths, self.pixels.device)
         steps = torch.arange(crop, device=self.pixels.device)
         rows = first[:, None] + steps * widths[:, None]
-        return self.pixels[rows[:, :, None] + steps]
+        columns = steps[None]
+        if mirrored is not None:
+            columns = torch.where(to_device(mirrored, steps.device)[:, None], steps.flip(0), steps)
+        return self.pixels[rows[:, :, None] + columns[:, None]]
 
-    def resized(self, chosen: Tensor, boxes: Tensor, crop: int) -> Tensor:
+    def resized(
+        self, chosen: Tensor, boxes: Tensor, crop: int, mirrored: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """The images' boxes (n, 4) of (top, left, height, width), each resized to (n, crop, crop, 3) uint8.
 
+        Those `mirrored` (n,) bool are turned left to right.
         Antialiased bilinear, as Pillow's; some levels differ from Pillow's by 1, hardly any by 2.
         """
         device = self.pixels.device
@@ -72,7 +83,10 @@ class ResidentImages:
         rows = start[:, None] + (top[:, None] + y) * stride[:, None] + left[:, None]
         box = self.pixels[rows[:, :, None] + x[:, None, :]].float()
         # Pillow rounds to whole levels after each direction, halves up
-        across = (torch.einsum("nhwc,now->nhoc", box, resize_weights(width, wide, crop)) + 0.5).floor_()
+        weights = resize_weights(width, wide, crop)
+        if mirrored is not None:
+            weights = torch.where(to_device(mirrored, device)[:, None, None], weights.flip(1), weights)
+        across = (torch.einsum("nhwc,now->nhoc", box, weights) + 0.5).floor_()
         down = (torch.einsum("nhoc,nph->npoc", across, resize_weights(height, tall, crop)) + 0.5).floor_()
         return down.clamp_(0, 255).to(torch.uint8)
 

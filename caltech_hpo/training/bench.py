@@ -32,7 +32,7 @@ from caltech_hpo.training.device import (
     try_algorithms,
 )
 from caltech_hpo.training.features import Split
-from caltech_hpo.training.loop import train_batches
+from caltech_hpo.training.loop import step_graph, train_batches
 from caltech_hpo.training.memory import MicroBatches
 from caltech_hpo.training.models import untrained
 from caltech_hpo.training.prepare import Prepared, prepare
@@ -161,6 +161,7 @@ class Ours:
         self._prepared = memory.fit(recipe, prepared)
         self._recipe = recipe
         self._state = begin(recipe, self._prepared)
+        self._graph = step_graph(recipe, self._prepared, self._state)
         self._one = {True: next(self._epoch(training=True)), False: next(self._epoch(training=False))}
         if self._device.type == "cuda":  # every shape once: the first meeting takes seconds
             for way in (True, False):
@@ -187,7 +188,7 @@ class Ours:
 
     def _steps(self, training: bool, batches: Iterable[Batch]) -> None:
         if training:
-            train_batches(self._recipe, self._prepared, self._state, batches)
+            train_batches(self._recipe, self._prepared, self._state, batches, self._graph)
         else:
             self._evaluate(batches)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
-from torch import nn
 
 from caltech_hpo.data.batches import Images
 from caltech_hpo.data.cache import LabeledImages
@@ -70,31 +68,6 @@ def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
     """bf16 autocast for "bf16", nothing for "fp32". The precision must be resolved."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         yield
-
-
-class _LearnsInFp32:
-    """A convolution that leaves bf16 autocast where its gradient will be needed."""
-
-    def forward(self: Any, images: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or not (images.requires_grad or self.weight.requires_grad):
-            return super().forward(images)  # type: ignore[misc,no-any-return]
-        with torch.autocast(images.device.type, enabled=False):
-            return super().forward(images.float())  # type: ignore[misc,no-any-return]
-
-
-def train_depthwise_in_fp32(model: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Keeps depthwise convolutions that learn out of bf16 on a CPU.
-
-    oneDNN's bf16 gradient of a depthwise convolution is slow: a training step of EfficientNet-Lite0's
-    last stages took 0.83 s with it and 0.37 s without (batch 64, 2 cores with AVX512-BF16).
-    """
-    if device.type != "cpu" or precision != "bf16":
-        return
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
-            kind = type(module)
-            if not issubclass(kind, _LearnsInFp32):
-                module.__class__ = type(f"{kind.__name__}LearningInFp32", (_LearnsInFp32, kind), {})
 
 
 def try_algorithms(*, wanted: bool) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from caltech_hpo.spec import EpochResult, Recipe
-from caltech_hpo.terms import Precision
+from caltech_hpo.terms import TIMM, Precision
+from caltech_hpo.training.cuda_graph import StepGraph
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
@@ -56,11 +58,12 @@ def train(
     True the generator ends, and `state` holds where, batches of an unfinished epoch included.
     """
     state = state or begin(recipe, prepared)
+    graph = step_graph(recipe, prepared, state)
     while state.epoch <= recipe.epochs:
         started = time.perf_counter()
         batches = prepared.training.training(state.order, state.draws, start=state.batch)
         try:
-            train_batches(recipe, prepared, state, watched(batches, interrupted))
+            train_batches(recipe, prepared, state, watched(batches, interrupted), graph)
             if state.average:
                 state.average.swap()
             scores = _validate(recipe, prepared, interrupted)
@@ -106,21 +109,46 @@ def _validate(recipe: Recipe, prepared: Prepared, interrupted: Callable[[], bool
     )  # fmt: skip
 
 
-def train_batches(recipe: Recipe, prepared: Prepared, state: TrainingState, batches: Iterable[Batch]) -> None:
+def step_graph(recipe: Recipe, prepared: Prepared, state: TrainingState) -> StepGraph | None:
+    """What replays the training's full batches on a GPU, to be handed to `train_batches`.
+
+    None on other devices, for batches in pieces, and for timm's models, which may do what cannot be
+    recorded. It refers to the state: keep it no longer than that.
+    """
+    if prepared.device.type != "cuda" or prepared.micro_batch or recipe.architecture.startswith(TIMM):
+        return None
+    return StepGraph(partial(_step, recipe, prepared, state), state.optimizer)
+
+
+def train_batches(
+    recipe: Recipe, prepared: Prepared, state: TrainingState, batches: Iterable[Batch],
+    graph: StepGraph | None = None,
+) -> None:  # fmt: skip
     """Gradient steps on the batches; the state counts them and sums the loss over their images."""
     training_mode(prepared.runs, prepared.prefix)
     for inputs, labels in batches:
-        try_algorithms(wanted=len(labels) == recipe.batch_size)
-        state.optimizer.zero_grad(set_to_none=True)
-        loss = gradients(recipe, prepared, inputs, labels)
-        state.optimizer.step()
+        full = len(labels) == recipe.batch_size
+        try_algorithms(wanted=full)
+        if graph is not None and full:
+            graph(inputs, labels)
+        else:
+            _step(recipe, prepared, state, inputs, labels)
         state.schedule.step()
         if state.average:
             state.average.update()
-        state.loss += loss * len(labels)  # summed on the device: reading it would wait for the GPU
         state.images += len(labels)
         state.batch += 1
         state.steps += 1
+
+
+def _step(
+    recipe: Recipe, prepared: Prepared, state: TrainingState, inputs: Tensor, labels: Tensor
+) -> None:  # fmt: skip
+    """What of a batch's step happens on the device alone."""
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = gradients(recipe, prepared, inputs, labels)
+    state.optimizer.step()
+    state.loss.add_(loss * len(labels))  # summed on the device: reading it would wait for the GPU
 
 
 def gradients(recipe: Recipe, prepared: Prepared, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from caltech_hpo.spec import Recipe
 from caltech_hpo.timings import StepTime, kind_of, views_of
+from caltech_hpo.training.cuda_graph import PLAIN_STEPS
 from caltech_hpo.training.device import autocast, resolve_precision, synchronize, try_algorithms
 from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
-from caltech_hpo.training.loop import train_batches
+from caltech_hpo.training.loop import step_graph, train_batches
 from caltech_hpo.training.memory import MicroBatches, needed_bytes
 from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
 from caltech_hpo.training.sources import FeatureSource, plan_for
@@ -68,14 +69,16 @@ def time_steps(
 def _training_time(recipe: Recipe, prepared: Prepared) -> float:
     """Seconds of a training batch, the making of the batch included."""
     state = begin(recipe, prepared)
+    graph = step_graph(recipe, prepared, state)
+    warming = 1 if graph is None else PLAIN_STEPS + 1
     batches = _endless(prepared)
     found: list[float] = []
-    while len(found) <= STEPS and not (found and found[0] > SLOW):
+    while len(found) < warming + STEPS and not (found and found[0] > SLOW):
         started = time.perf_counter()
-        train_batches(recipe, prepared, state, [next(batches)])
+        train_batches(recipe, prepared, state, [next(batches)], graph)
         float(state.loss)  # waits for a GPU
         found.append(time.perf_counter() - started)
-    return statistics.fmean(found[1:] or found)
+    return statistics.fmean(found[warming:] or found)
 
 
 @torch.inference_mode()

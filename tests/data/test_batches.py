@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from caltech_hpo.data.augment import AUGMENTATIONS, crop_corners, flip_some, rotate_each
-from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, evaluation_batches, training_batches
+from caltech_hpo.data.augment import AUGMENTATIONS, crop_corners, rotate_each
+from caltech_hpo.data.batches import HALF, IMAGENET, BatchPlan, cropped, evaluation_batches, training_batches
 from caltech_hpo.data.cache import LabeledImages
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.decode import decode_image
@@ -124,12 +126,17 @@ def test_the_centre_is_torchvisions():
         assert np.array_equal(image[top : top + 32, left : left + 32], np.asarray(expected))
 
 
-def test_flips_are_drawn_for_each_image():
-    batch = torch.arange(5.0).expand(200, 3, 5, 5).contiguous()
-    flipped = flip_some(batch, generator(3))
-    share = float((flipped[:, 0, 0, 0] == 4).double().mean())
-    assert 0.35 < share < 0.65
-    assert torch.equal(flipped.sum(3), batch.sum(3))
+@pytest.mark.parametrize("name", ["center_crop_flip", "random_crop_flip", "random_resized_crop_flip"])
+def test_flips_are_drawn_for_each_image(name):
+    """Each is its unmirrored crop, or that turned left to right; about half of 200 are."""
+    data, chosen = images_of(200), torch.arange(200)
+    plan = BatchPlan(200, 32, HALF, CPU)
+    flipping = AUGMENTATIONS[name]
+    found = cropped(data, chosen, plan, flipping, generator(3))
+    plain = cropped(data, chosen, plan, replace(flipping, flip=0.0), generator(3))
+    as_it_was = (found == plain).flatten(1).all(1)
+    assert torch.equal(found[~as_it_was], plain[~as_it_was].flip(2))
+    assert 0.35 < float(as_it_was.double().mean()) < 0.65
 
 
 def test_rotation_turns_each_image_by_its_own_angle():

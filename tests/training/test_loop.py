@@ -18,11 +18,9 @@ from caltech_hpo.training.device import (
     has_fast_bf16,
     resolve_device,
     resolve_precision,
-    train_depthwise_in_fp32,
 )
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import evaluate, train, train_batches
-from caltech_hpo.training.models import build_model
 from caltech_hpo.training.prepare import Prepared, derive_seed, model_for, prepare
 from caltech_hpo.training.sources import ImageSource, plan_for
 from caltech_hpo.training.state import begin
@@ -116,28 +114,6 @@ def test_a_huge_learning_rate_gives_a_loss_that_is_not_finite(data):
 def test_bf16_trains_too(data):
     _, epochs = run(recipe(precision="bf16", epochs=4), data)
     assert epochs[-1].training_loss < epochs[0].training_loss
-
-
-def test_depthwise_convolutions_learn_in_fp32_on_a_cpu():
-    """Where a gradient is needed, and nowhere else; names and state stay."""
-    model = build_model("efficientnet_lite0", "none", 3, seed=0)
-    names = list(model.state_dict())
-    train_depthwise_in_fp32(model, CPU, "bf16")
-    train_depthwise_in_fp32(model, CPU, "bf16")
-    assert list(model.state_dict()) == names
-    depthwise = model.blocks[1][0].conv_dw  # timm's own class of convolution, with "same" padding
-    images = torch.randn(2, 96, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert depthwise(images).dtype == torch.float32
-        assert model.conv_head(torch.randn(2, 320, 4, 4)).dtype == torch.bfloat16
-        depthwise.requires_grad_(False)
-        assert depthwise(images).dtype == torch.bfloat16
-        depthwise.requires_grad_(True)
-        with torch.inference_mode():
-            assert depthwise(images).dtype == torch.bfloat16
-    plain = build_model("efficientnet_lite0", "none", 3, seed=0)
-    train_depthwise_in_fp32(plain, CPU, "fp32")
-    assert type(plain.blocks[1][0].conv_dw).__name__ == "Conv2dSame"
 
 
 def test_seeds_of_different_purposes_differ():

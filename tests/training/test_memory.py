@@ -8,7 +8,6 @@ import platform
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from helpers import write_folders
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caltech_hpo.data.batches import HALF, BatchPlan
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
@@ -26,12 +24,13 @@ from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import (
     MicroBatches,
+    _kind,
     fewest_images,
     halve_until,
     needed_bytes,
     with_micro_batch,
 )
-from caltech_hpo.training.prepare import prepare, scoring_plan
+from caltech_hpo.training.prepare import prepare
 from caltech_hpo.training.system_memory import free_memory, is_out_of_memory, memory_share
 
 CPU = torch.device("cpu")
@@ -181,10 +180,20 @@ def test_every_word_for_too_little_memory_is_known():
     assert not is_out_of_memory(RuntimeError("CUDNN_STATUS_BAD_PARAM"))
 
 
-def test_a_gpu_scores_larger_batches():
-    on = {name: BatchPlan(64, 32, HALF, torch.device(name)) for name in ("cpu", "cuda")}
-    assert [scoring_plan(plan).batch_size for plan in on.values()] == [64, 128]
-    assert scoring_plan(replace(on["cuda"], batch_size=1024)).batch_size == 1024
+def test_a_gpu_scores_many_images_at_once(splits, monkeypatch):
+    """As many as half of the memory would train, and never fewer than a training batch."""
+    made = recipe(batch_size=8)
+    *_, prepared = prepare(made, *splits, CPU)
+    sizes = []
+    for limit in (1 << 40, 100 << 10, 1 << 10):
+        memory = MicroBatches(torch.device("cuda", 0), limit)
+
+        def step(recipe, prepared, images, memory=memory):
+            memory._image_bytes[_kind(recipe, prepared)] = 2 << 10
+
+        monkeypatch.setattr(memory, "_train_once", step)
+        sizes.append(memory.fit(made, prepared).validation.plan.batch_size)
+    assert sizes == [512, 25, 8]
 
 
 def test_workers_share_what_is_free(tmp_path, monkeypatch):

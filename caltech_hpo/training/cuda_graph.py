@@ -1,0 +1,78 @@
+"""A training step as a CUDA graph: recorded once, replayed by one call where a step makes hundreds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, Tensor], None]
+# Steps before the recording: the first makes the optimizer's state, and cuDNN tries its algorithms in it.
+PLAIN_STEPS = 2
+
+
+class StepGraph:
+    """Takes the steps of batches of one shape on a GPU: the first as they are, the others as a graph.
+
+    A step must compute on the GPU alone and change tensors in place. Learning rates stay numbers of the
+    optimizer's groups. Where recording finds too little memory the steps go on as they are.
+    """
+
+    def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        """`step` takes inputs (n, ...) and labels (n, ...) and includes the optimizer's."""
+        self._step, self._optimizer = step, optimizer
+        self._plain_steps: float = PLAIN_STEPS
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed by now."""
+        return self._graph is not None
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> None:
+        """The step, with this batch."""
+        if self._graph is None and self._plain_steps <= 0:
+            self._record(inputs, labels)
+        if self._graph is None:
+            self._plain_steps -= 1
+            self._step(inputs, labels)
+            return
+        self._inputs.copy_(inputs)
+        self._labels.copy_(labels)
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self._graph.replay()
+
+    def _record(self, inputs: Tensor, labels: Tensor) -> None:
+        self._inputs, self._labels = torch.empty_like(inputs), torch.empty_like(labels)
+        self._rates = [torch.zeros((), device=inputs.device) for _ in self._optimizer.param_groups]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # recording computes nothing: it is the replay that makes this step
+            with _rates_from(self._optimizer, self._rates), torch.cuda.graph(graph):
+                self._step(self._inputs, self._labels)
+        except torch.OutOfMemoryError:  # a graph keeps a step's memory beside that of the plain ones
+            self._plain_steps = float("inf")
+            del self._inputs, self._labels
+            torch.cuda.empty_cache()
+        else:
+            self._graph = graph
+
+
+@contextlib.contextmanager
+def _rates_from(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[None]:
+    """The optimizer's steps read their learning rates from tensors: a number would be recorded as it is."""
+    groups = optimizer.param_groups
+    names: tuple[str, ...] = ("lr", "capturable")
+    before = [{name: group[name] for name in names if name in group} for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+        if "capturable" in group:  # AdamW asks for it
+            group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            group.update(values)
