@@ -125,7 +125,7 @@ def fuse_with_relu(model: nn.Module) -> None:
     """Makes CudaConv2d of what precedes a ReLU in a sequence, and of strided convolutions of few channels."""
     modules: list[Any] = list(model.modules())
     for parent in modules:
-        children = list(parent) if isinstance(parent, nn.Sequential) else []
+        children: list[Any] = list(parent) if isinstance(parent, nn.Sequential) else []
         for module, following in itertools.pairwise(children):
             if _is_plain(module) and module.bias is not None and type(following) is nn.ReLU:
                 module.__class__, following.__class__ = CudaConv2d, Passed
@@ -137,18 +137,16 @@ def fuse_with_relu(model: nn.Module) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    return type(module) in (nn.Conv2d, CudaConv2d) and module.groups == 1 and set(module.dilation) == {1} and (
-        module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    )  # fmt: skip
+    if type(module) not in (nn.Conv2d, CudaConv2d) or isinstance(module.padding, str):
+        return False
+    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
 
 
 def _takes_blocks(module: nn.Conv2d) -> bool:
     """Few channels, and an overlapping stride that is the same both ways."""
-    sides = {module.stride, module.padding, module.kernel_size}
-    square = all(not isinstance(side, str) and len(set(side)) == 1 for side in sides)
-    return square and module.in_channels < TENSOR_CORE_CHANNELS and (
-        1 < module.stride[0] < module.kernel_size[0]
-    )  # fmt: skip
+    square = all(len(set(side)) == 1 for side in (module.stride, module.padding, module.kernel_size))
+    overlapping = 1 < module.stride[0] < module.kernel_size[0]
+    return square and overlapping and module.in_channels < TENSOR_CORE_CHANNELS
 
 
 def space_to_depth(images: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
