@@ -83,11 +83,13 @@ class ResidentImages:
         rows = start[:, None] + (top[:, None] + y) * stride[:, None] + left[:, None]
         box = self.pixels[rows[:, :, None] + x[:, None, :]].float()
         # Pillow rounds to whole levels after each direction, halves up
-        weights = resize_weights(width, wide, crop)
+        weights = resize_weights(torch.cat([width, height]), max(wide, tall), crop)
+        columns_of, rows_of = weights[: len(chosen), :, :wide], weights[len(chosen) :, :, :tall]
         if mirrored is not None:
-            weights = torch.where(to_device(mirrored, device)[:, None, None], weights.flip(1), weights)
-        across = (torch.einsum("nhwc,now->nhoc", box, weights) + 0.5).floor_()
-        down = (torch.einsum("nhoc,nph->npoc", across, resize_weights(height, tall, crop)) + 0.5).floor_()
+            turned = to_device(mirrored, device)[:, None, None]
+            columns_of = torch.where(turned, columns_of.flip(1), columns_of)
+        across = (torch.einsum("nhwc,now->nhoc", box, columns_of) + 0.5).floor_()
+        down = (torch.einsum("nhoc,nph->npoc", across, rows_of) + 0.5).floor_()
         return down.clamp_(0, 255).to(torch.uint8)
 
 
@@ -98,8 +100,8 @@ def resize_weights(sizes: Tensor, longest: int, crop: int) -> Tensor:
     wide as the side shrinks, its weights adding up to 1: Pillow's and torchvision's antialiased bilinear.
     """
     scale = sizes[:, None, None] / crop
-    centers = (torch.arange(crop, device=sizes.device)[None, :, None] + 0.5) * scale
-    places = torch.arange(longest, device=sizes.device)[None, None, :] + 0.5
+    centers = torch.arange(0.5, crop, device=sizes.device)[None, :, None] * scale
+    places = torch.arange(0.5, longest, device=sizes.device)[None, None, :]
     weights = (1 - (places - centers).abs() / scale.clamp(min=1)).clamp_(min=0)
     weights = weights * (places < sizes[:, None, None])
     return weights / weights.sum(2, keepdim=True)
