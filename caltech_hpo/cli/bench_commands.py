@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caltech_hpo.cli.bench_tables import overhead_table, reports_table, speed_table
+from caltech_hpo.cli.bench_tables import overhead_table, reports_table, speed_line, speed_table
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -36,7 +36,8 @@ MODELS = ("alexnet", "resnet18", "vgg16")
 STUDY, TRIALS = "alexnet-scratch", 40
 ON_A_GPU = "1,2,4"
 STUDY_SECONDS = 20.0
-
+# On a GPU starting stock's loader takes as long as a measurement: all of it is to end within 8 minutes.
+ROUNDS, ROUNDS_ON_A_GPU = 3, 2
 
 LEAST_SECONDS = 10.0  # of --reporters
 
@@ -62,8 +63,13 @@ def bench(
     device: Device = "auto",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes, at least.")] = 3.0,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Measurements of each, in turns; the median counts.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measurements of each, in turns; the median counts.",
+            show_default=f"{ROUNDS}, on a GPU {ROUNDS_ON_A_GPU}",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +112,8 @@ def bench(
     Example: caltech-hpo bench --model alexnet --seconds 10
     """
     place = place_of(home, storage, data)
+    from caltech_hpo.search.bench_study import Measurements
+
     with goes_on(kept=False), progress_bars() as bars:
         if reporters is not None:
             held = run_reporters(place, reporters, max(seconds, LEAST_SECONDS), sampler.value, bars)
@@ -115,10 +123,14 @@ def bench(
             measured = run_overhead(place, trials, bars)
             answer(asdict(measured), as_json, overhead_table(measured))
             return
-        found = run_speed(
-            place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
-        )
-    answer(rows_json(found), as_json, speed_table(found, machine()))
+        found = Measurements()
+        try:
+            run_speed(
+                found, place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
+            )
+        finally:  # minutes of measuring are not lost with what comes after them
+            if found.speeds:
+                answer(rows_json(found), as_json, speed_table(found, machine()))
 
 
 def recipes(study: str | None, models: list[str]) -> list[Hyperparameters]:
@@ -156,14 +168,14 @@ def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars
 
 
 def run_speed(
-    place: Place, values: list[Hyperparameters], device: str, seconds: float, rounds: int,
-    batch_size: int | None, workers: str | None, bars: ProgressBars,
-) -> Measurements:  # fmt: skip
-    """The rows of each recipe, and of each number of workers."""
+    measured: Measurements, place: Place, values: list[Hyperparameters], device: str, seconds: float,
+    rounds: int | None, batch_size: int | None, workers: str | None, bars: ProgressBars,
+) -> None:  # fmt: skip
+    """Adds the rows of each recipe, of decoding, and of each number of workers."""
     from caltech_hpo.data.dataset import scan
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed
-    from caltech_hpo.search.bench_study import Measurements, measure_cache, measure_study
+    from caltech_hpo.search.bench_study import measure_cache, measure_study
     from caltech_hpo.search.request import SearchRequest
     from caltech_hpo.search.run import locate_data
     from caltech_hpo.study_files import load_study
@@ -173,23 +185,22 @@ def run_speed(
     device, on_gpu = str(found_device), found_device.type == "cuda"
     counts = worker_counts(workers if workers is not None else ON_A_GPU if on_gpu else "")
     index = scan(locate_data(load_study(STUDY), place, progress=bars, say=say))
-    rows = []
+    rounds = rounds or (ROUNDS_ON_A_GPU if on_gpu else ROUNDS)
     for recipe in values:
         found = load_search_data(index, recipe.resize, place.cache, progress=bars)
         size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
-        rows += measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars)
+        for row in measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars):
+            measured.speeds.append(replace(row, device=describe_device(found_device)))
+            say(speed_line(measured.speeds[-1]))
+    measured.cache = measure_cache(index, values[0].resize, place.cache, bars)
     place = replace(place, data=index.root)  # found once: the studies have homes of their own
-    named = describe_device(found_device)
-    rows = [replace(row, device=named) for row in rows]
-    studies = []
     for count in counts:
         request = SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False)
         try:
-            studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
-        except (CaltechHpoError, RuntimeError) as error:  # what was measured before is not lost with it
+            measured.studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
+        except (CaltechHpoError, RuntimeError) as error:  # the other numbers are measured all the same
             say(f"{STUDY} with --workers {count}: {error}")
-    return Measurements(rows, studies, measure_cache(index, values[0].resize, place.cache, bars))
 
 
 def worker_counts(text: str) -> list[int]:
@@ -209,7 +220,9 @@ def rows_json(found: Measurements) -> list[dict[str, Any]]:
     """One list of rows; `phase` says of what: train, eval, epoch, study or cache."""
     rows = [{**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor} for row in found.speeds]
     rows += [{"phase": "study", **asdict(row)} for row in found.studies]
-    return [*rows, {"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core}]
+    if found.cache is not None:
+        rows.append({"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core})
+    return rows
 
 
 def machine() -> str:

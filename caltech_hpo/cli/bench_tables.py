@@ -10,6 +10,7 @@ from caltech_hpo.cli.display import duration
 from caltech_hpo.cli.tables import table_of
 
 if TYPE_CHECKING:
+    from caltech_hpo.search.bench import Speed
     from caltech_hpo.search.bench_study import Measurements
     from caltech_hpo.search.overhead import Overhead
     from caltech_hpo.search.reporters import ReportsHeld
@@ -40,11 +41,20 @@ def speed_table(found: Measurements, machine: str) -> Group:
         parts.append(table_of(names, lines, left=("study",)))
     measured = f"median of {rows[0].rounds} on {rows[0].device}"
     parts.append(f"images per second, {measured}; {machine}; data wait: of an epoch")
-    parts.append(
-        f"decoding: {cache.per_core:,.0f} images per second and core ({cache.images:,} images on "
-        f"{cache.cores} cores); opening what is decoded: {cache.open_seconds:.2f} s"
-    )
+    if cache is not None:
+        parts.append(
+            f"decoding: {cache.per_core:,.0f} images per second and core ({cache.images:,} images on "
+            f"{cache.cores} cores); opening what is decoded: {cache.open_seconds:.2f} s"
+        )
     return Group(*parts)
+
+
+def speed_line(row: Speed) -> str:
+    """A row as soon as it is measured."""
+    return (
+        f"{row.model} {row.phase}: {_rate(row.ours)} images/s, stock {_rate(row.stock)} "
+        f"(ours / stock {_ratio(row.over_stock)}), floor {_rate(row.floor)} ({_ratio(row.of_floor)})"
+    )
 
 
 def _rate(images: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from caltech_hpo.spec import EpochResult, Recipe
 
 
+RECENT = 20  # epochs that the time left is foretold with: the machine may have been slower before
+
+
 def training_name(trial: int, recipe: Recipe) -> str:
     """ "trial 3 seed 0"."""
     return f"trial {trial} seed {recipe.seed}"
@@ -36,7 +40,7 @@ class TrainingsView:
         self._console, self._workers = console, min(workers, len(names))
         self._places = {name: number for number, name in enumerate(names, start=1)}
         self._epochs_left = epochs
-        self._seconds: list[float] = []
+        self._seconds: deque[float] = deque(maxlen=RECENT)
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console,
@@ -62,13 +66,13 @@ class TrainingsView:
 
     def epoch(self, name: str, result: EpochResult, epochs: int, *, before: bool) -> None:
         """One of a training's `epochs` is over; those from `before` its checkpoint get no line."""
-        self._seconds.append(result.seconds)
         self._epochs_left -= 1
         text = f"loss {result.training_loss:.4f}"
         if result.validation_top1 is not None:
             text += f", validation {percent(result.validation_top1)}"
-        left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
         if not before:
+            self._seconds.append(result.seconds)
+            left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
             self.line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")
         if name in self._tasks:
             self._bars.update(self._tasks[name], completed=result.epoch, description=f"{name}: {text}; epoch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from caltech_hpo.data.cache import build_cache
@@ -69,13 +69,13 @@ class CacheSpeed:
         return self.images / self.seconds / self.cores
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurements:
-    """What one run measured."""
+    """What one run has measured so far."""
 
-    speeds: list[Speed]
-    studies: list[StudySpeed]
-    cache: CacheSpeed
+    speeds: list[Speed] = field(default_factory=list)
+    studies: list[StudySpeed] = field(default_factory=list)
+    cache: CacheSpeed | None = None
 
 
 def measure_cache(index: DatasetIndex, resize: int, cache: Path, progress: Progress) -> CacheSpeed:

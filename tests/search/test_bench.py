@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import typer
 from helpers import write_folders
 
 from caltech_hpo.data.dataset import scan
@@ -174,8 +175,34 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
     monkeypatch.setattr(bench, "measure_speed", lambda *_, **__: [measured])
     monkeypatch.setattr(bench_study, "measure_study", refused)
     place = Place(tmp_path, "sqlite:///unused.db", images[0].root)
+    found = bench_study.Measurements()
     with progress_bars() as bars:
-        found = run_speed(place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
+        run_speed(found, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
     assert [row.ours for row in found.speeds] == [40.0] and found.cache.images == len(images[0].training)
     assert [row.workers for row in found.studies] == [2]
-    assert "with --workers 1: the disk is full" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "with --workers 1: the disk is full" in said
+    assert "resnet18 train: 40.0 images/s, stock 10.0 (ours / stock 4.000), floor 50.0 (0.800)" in said
+
+
+def test_what_was_measured_is_printed_when_it_is_ended(images, tmp_path, monkeypatch, capsys):
+    import json
+
+    from caltech_hpo.cli import bench_commands
+    from caltech_hpo.search import bench
+
+    def measured(recipe, *_, **__):
+        if recipe.architecture == "alexnet":
+            raise KeyboardInterrupt
+        return [bench.Speed("resnet18", "train", 10.0, 40.0, 50.0, 0.5, 4, "cpu", 1)]
+
+    monkeypatch.setattr(bench, "measure_speed", measured)
+    with pytest.raises(typer.Exit) as stopped:
+        bench_commands.bench(
+            model=["resnet18", "alexnet"], device="cpu", batch_size=4, home=tmp_path, data=images[0].root,
+            as_json=True, search=False, reporters=None, seconds=0.1, rounds=1, workers="", storage=None,
+            study=None,
+        )  # fmt: skip
+    assert stopped.value.exit_code == 130
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["model"], row["over_stock"]) == ("resnet18", 4.0)
