@@ -117,10 +117,12 @@ def bench(
     with goes_on(kept=False), progress_bars() as bars:
         if reporters is not None:
             held = run_reporters(place, reporters, max(seconds, LEAST_SECONDS), sampler.value, bars)
+            bars.close()
             answer(asdict(held), as_json, reports_table(held))
             return
         if search:
             measured = run_overhead(place, trials, bars)
+            bars.close()
             answer(asdict(measured), as_json, overhead_table(measured))
             return
         found = Measurements()
@@ -129,6 +131,7 @@ def bench(
                 found, place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
             )
         finally:  # minutes of measuring are not lost with what comes after them
+            bars.close()
             if found.speeds:
                 answer(rows_json(found), as_json, speed_table(found, machine()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -69,6 +70,7 @@ class ProgressBars:
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console, transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # a file must get its answer while bars are shown
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._last: dict[str, float] = {}

@@ -83,13 +83,11 @@ class ResidentImages:
         rows = start[:, None] + (top[:, None] + y) * stride[:, None] + left[:, None]
         box = self.pixels[rows[:, :, None] + x[:, None, :]].float()
         # Pillow rounds to whole levels after each direction, halves up
-        weights = resize_weights(torch.cat([width, height]), max(wide, tall), crop)
-        columns_of, rows_of = weights[: len(chosen), :, :wide], weights[len(chosen) :, :, :tall]
+        weights = resize_weights(width, wide, crop)
         if mirrored is not None:
-            turned = to_device(mirrored, device)[:, None, None]
-            columns_of = torch.where(turned, columns_of.flip(1), columns_of)
-        across = (torch.einsum("nhwc,now->nhoc", box, columns_of) + 0.5).floor_()
-        down = (torch.einsum("nhoc,nph->npoc", across, rows_of) + 0.5).floor_()
+            weights = torch.where(to_device(mirrored, device)[:, None, None], weights.flip(1), weights)
+        across = (torch.einsum("nhwc,now->nhoc", box, weights) + 0.5).floor_()
+        down = (torch.einsum("nhoc,nph->npoc", across, resize_weights(height, tall, crop)) + 0.5).floor_()
         return down.clamp_(0, 255).to(torch.uint8)
 
 

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from caltech_hpo.terms import Precision
+from caltech_hpo.terms import TIMM, Precision
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN pads fewer of them, or a number between, with a copy of its own
 
 
-def choose_convolutions(model: nn.Module, device: torch.device, precision: Precision) -> None:
+def choose_convolutions(
+    model: nn.Module, architecture: str, device: torch.device, precision: Precision
+) -> None:  # fmt: skip
     """Changes the model's convolutions in place; nothing happens in fp32. The precision must be resolved."""
     if precision != "bf16":
         return
     if device.type == "cpu":
         train_depthwise_in_fp32(model)
-    if device.type == "cuda":
+    # what else uses a ReLU of one of timm's thousand models is not known
+    if device.type == "cuda" and not architecture.startswith(TIMM):
         fuse_with_relu(model)
 
 
@@ -125,7 +128,7 @@ def fuse_with_relu(model: nn.Module) -> None:
     """Makes CudaConv2d of what precedes a ReLU in a sequence, and of strided convolutions of few channels."""
     modules: list[Any] = list(model.modules())
     for parent in modules:
-        children: list[Any] = list(parent) if isinstance(parent, nn.Sequential) else []
+        children: list[Any] = list(parent) if type(parent) is nn.Sequential else []
         for module, following in itertools.pairwise(children):
             if _is_plain(module) and module.bias is not None and type(following) is nn.ReLU:
                 module.__class__, following.__class__ = CudaConv2d, Passed

@@ -17,7 +17,8 @@ class StepGraph:
     """Takes the steps of batches of one shape on a GPU: the first as they are, the others as a graph.
 
     A step must compute on the GPU alone and change tensors in place. Learning rates stay numbers of the
-    optimizer's groups. Where recording finds too little memory the steps go on as they are.
+    optimizer's groups. A graph keeps a step's memory for itself; where recording finds too little of it the
+    steps go on as they are.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
@@ -49,16 +50,21 @@ class StepGraph:
         self._inputs, self._labels = torch.empty_like(inputs), torch.empty_like(labels)
         self._rates = [torch.zeros((), device=inputs.device) for _ in self._optimizer.param_groups]
         graph = torch.cuda.CUDAGraph()
-        try:
+        # The current device may be another, and work on a stream of another device would not be recorded. A
+        # stream of its own: what torch keeps for one stream ends with the first of its graphs.
+        stream = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
+        with contextlib.suppress(torch.OutOfMemoryError):  # then it goes on as it is
             # recording computes nothing: it is the replay that makes this step
-            with _rates_from(self._optimizer, self._rates), torch.cuda.graph(graph):
+            with (
+                torch.cuda.device(inputs.device), _rates_from(self._optimizer, self._rates),
+                torch.cuda.graph(graph, stream=stream),
+            ):  # fmt: skip
                 self._step(self._inputs, self._labels)
-        except torch.OutOfMemoryError:  # a graph keeps a step's memory beside that of the plain ones
-            self._plain_steps = float("inf")
-            del self._inputs, self._labels
-            torch.cuda.empty_cache()
-        else:
             self._graph = graph
+            return
+        self._plain_steps = float("inf")
+        del graph, self._inputs, self._labels
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -112,10 +112,10 @@ def _validate(recipe: Recipe, prepared: Prepared, interrupted: Callable[[], bool
 def step_graph(recipe: Recipe, prepared: Prepared, state: TrainingState) -> StepGraph | None:
     """What replays the training's full batches on a GPU, to be handed to `train_batches`.
 
-    None on other devices, for batches in pieces, and for timm's models, which may do what cannot be
-    recorded. It refers to the state: keep it no longer than that.
+    None where `MicroBatches` has found no room for it, and for models named timm/..., which may do what
+    cannot be recorded. It refers to the state: keep it no longer than that.
     """
-    if prepared.device.type != "cuda" or prepared.micro_batch or recipe.architecture.startswith(TIMM):
+    if not prepared.replays or recipe.architecture.startswith(TIMM):
         return None
     return StepGraph(partial(_step, recipe, prepared, state), state.optimizer)
 

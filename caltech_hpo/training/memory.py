@@ -26,6 +26,8 @@ MARGIN = 1.55
 # Scoring takes 0.26 to 0.63 of a training step's memory in five architectures, counted.
 MOST_SCORED = 512
 SCORING_SHARE = 0.5
+# A graph keeps a step's memory for itself, beside that of plain steps and of scoring.
+REPLAYING_SHARE = 1 / 3
 
 
 def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
@@ -119,7 +121,11 @@ class MicroBatches:
                 lambda images: attempt(recipe, prepared, images), recipe.batch_size, fewest
             )
         fitted = with_micro_batch(prepared, recipe, self._known[key])
-        if fitted.micro_batch or fitted.validation is None or key not in self._image_bytes:
+        if fitted.micro_batch or key not in self._image_bytes:
+            return fitted
+        step = self._image_bytes[key] * recipe.batch_size
+        fitted = replace(fitted, replays=step <= REPLAYING_SHARE * self._limit)
+        if fitted.validation is None:
             return fitted
         # small batches would keep a GPU waiting where images are only scored
         room = min(MOST_SCORED, int(SCORING_SHARE * self._limit / self._image_bytes[key]))
@@ -145,6 +151,7 @@ class MicroBatches:
         example = prepared.training.example(1)
         training_mode(prepared.runs, prepared.prefix)
         try_algorithms(wanted=True)
+        self.peak = max(self.peak, torch.cuda.max_memory_reserved(self._device))
         try:
             with _unchanged(prepared):
                 sizes = (
@@ -154,7 +161,6 @@ class MicroBatches:
                 )
                 before = torch.cuda.memory_allocated(self._device)
                 held = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-                self.peak = max(self.peak, torch.cuda.max_memory_allocated(self._device))
                 for _ in range(2):  # in the first one, cuDNN tries algorithms that it then does not take
                     torch.cuda.reset_peak_memory_stats(self._device)
                     with autocast(self._device, precision):
@@ -166,6 +172,7 @@ class MicroBatches:
                 del held
         finally:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)  # what was only tried is no training's peak
         if taken > self._limit:
             raise torch.OutOfMemoryError(
                 f"{images} images at a time take {taken / 2**30:.1f} GiB of {self._limit / 2**30:.1f} GiB"
@@ -210,6 +217,7 @@ def with_micro_batch(prepared: Prepared, recipe: Recipe, images: int) -> Prepare
     return replace(
         prepared,
         micro_batch=images,
+        replays=False,
         validation=None if validation is None else validation.in_batches_of(images),
     )
 

@@ -44,7 +44,7 @@ def model_for(recipe: Recipe, device: torch.device) -> nn.Module:
         seed=derive_seed(recipe.seed, "weights"), dropout=recipe.dropout, init=recipe.init,
     )  # fmt: skip
     apply_freeze(model, recipe)
-    choose_convolutions(model, device, resolve_precision(recipe.precision, device))
+    choose_convolutions(model, recipe.architecture, device, resolve_precision(recipe.precision, device))
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -55,7 +55,7 @@ class Prepared:
     `model` is the whole model; `runs` is what computes on the sources' batches: the model on images,
     what follows the frozen prefix on its stored outputs. Both share their parameters. `prefix` is the
     frozen one where it runs with every batch. `micro_batch` images are computed at a time (None: a whole
-    batch), their gradients added up.
+    batch), their gradients added up. `replays` says that there is memory for steps as a CUDA graph.
     """
 
     model: nn.Module
@@ -65,6 +65,7 @@ class Prepared:
     device: torch.device
     prefix: nn.Module | None = None
     micro_batch: int | None = None
+    replays: bool = False
 
 
 def frozen_parts(

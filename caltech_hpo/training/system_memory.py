@@ -54,8 +54,8 @@ def memory_share(device: torch.device, given: int | None, workers: int) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has taken: resident ones; a GPU's since `MicroBatches` last looked."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda":  # what others cannot have: a graph's memory is its own between its replays too
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -70,8 +70,11 @@ def _training_time(recipe: Recipe, prepared: Prepared) -> float:
     """Seconds of a training batch, the making of the batch included."""
     state = begin(recipe, prepared)
     graph = step_graph(recipe, prepared, state)
-    warming = 1 if graph is None else PLAIN_STEPS + 1
     batches = _endless(prepared)
+    warming = 1
+    if graph is not None and recipe.batch_size in prepared.training.sizes:
+        warming = PLAIN_STEPS + 1  # whole batches alone, the last of which is recorded
+        batches = (batch for batch in batches if len(batch[1]) == recipe.batch_size)
     found: list[float] = []
     while len(found) < warming + STEPS and not (found and found[0] > SLOW):
         started = time.perf_counter()

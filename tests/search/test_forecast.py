@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from io import StringIO
 
@@ -289,6 +290,19 @@ def test_a_message_has_a_line_of_its_own_above_the_bars(monkeypatch):
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue()).splitlines()
     assert "starting 1 worker" in [line.strip() for line in lines]
     assert any("decoding" in line and "1/2" in line for line in lines)
+
+
+def test_a_file_gets_its_answer_while_bars_are_shown(monkeypatch, capsys):
+    """rich would show it above the bars instead, on the terminal."""
+    from caltech_hpo.cli import options
+
+    terminal = Console(file=StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(options, "STDERR", terminal)
+    with options.progress_bars() as bars:
+        bars("measuring", 1, 2)
+        options.answer([{"model": "alexnet"}], True, "")
+    assert json.loads(capsys.readouterr().out) == [{"model": "alexnet"}]
+    assert "alexnet" not in terminal.file.getvalue()
 
 
 def test_epochs_that_are_told_again_get_no_line():

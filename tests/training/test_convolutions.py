@@ -19,8 +19,8 @@ def test_depthwise_convolutions_learn_in_fp32_on_a_cpu():
     """Where a gradient is needed, and nowhere else; names and state stay."""
     model = build_model("efficientnet_lite0", "none", 3, seed=0)
     names = list(model.state_dict())
-    choose_convolutions(model, CPU, "bf16")
-    choose_convolutions(model, CPU, "bf16")
+    choose_convolutions(model, "efficientnet_lite0", CPU, "bf16")
+    choose_convolutions(model, "efficientnet_lite0", CPU, "bf16")
     assert list(model.state_dict()) == names
     depthwise = model.blocks[1][0].conv_dw  # timm's own class of convolution, with "same" padding
     images = torch.randn(2, 96, 8, 8)
@@ -33,7 +33,7 @@ def test_depthwise_convolutions_learn_in_fp32_on_a_cpu():
         with torch.inference_mode():
             assert depthwise(images).dtype == torch.bfloat16
     plain = build_model("efficientnet_lite0", "none", 3, seed=0)
-    choose_convolutions(plain, CPU, "fp32")
+    choose_convolutions(plain, "efficientnet_lite0", CPU, "fp32")
     assert type(plain.blocks[1][0].conv_dw).__name__ == "Conv2dSame"
 
 
@@ -62,10 +62,11 @@ def test_blocks_as_channels_are_the_strided_convolution(height, width, kernel, s
 def test_what_is_changed_for_a_gpu_computes_the_same_without_one(architecture, fused, blocks):
     """Names, state and outputs stay: without bf16 autocast on CUDA it is torch's own convolution."""
     model, plain = (build_model(architecture, "none", 3, seed=0).eval() for _ in range(2))
-    choose_convolutions(model, GPU, "fp32")
+    choose_convolutions(model, architecture, GPU, "fp32")
+    choose_convolutions(model, "timm/anything", GPU, "bf16")
     assert not any(isinstance(module, CudaConv2d) for module in model.modules())
-    choose_convolutions(model, GPU, "bf16")
-    choose_convolutions(model, GPU, "bf16")
+    choose_convolutions(model, architecture, GPU, "bf16")
+    choose_convolutions(model, architecture, GPU, "bf16")
     changed = [module for module in model.modules() if isinstance(module, CudaConv2d)]
     assert sum(module.rectifies for module in changed) == fused
     assert sum(isinstance(module, Passed) for module in model.modules()) == fused
@@ -82,7 +83,7 @@ def test_others_stay_as_they_are():
         nn.Conv2d(8, 8, 3, padding="same"), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.ReLU(),
         nn.Conv2d(8, 8, 3, dilation=2), nn.ReLU(), nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(3, 8, (3, 5), 2),
     )  # fmt: skip
-    choose_convolutions(model, GPU, "bf16")
+    choose_convolutions(model, "alexnet", GPU, "bf16")
     assert not any(isinstance(module, CudaConv2d) for module in model)
 
 
@@ -96,7 +97,7 @@ def test_on_a_gpu_outputs_and_gradients_agree_with_float32(architecture):
         model = build_model(architecture, "none", 3, seed=0, dropout=0.0, init="kaiming").to(GPU)
         model = model.to(memory_format=torch.channels_last)
         if chosen:
-            choose_convolutions(model, GPU, "bf16")
+            choose_convolutions(model, architecture, GPU, "bf16")
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             output = model(images)
         output.float().square().mean().backward()
@@ -119,7 +120,23 @@ def test_where_cudnn_refuses_to_fuse_it_goes_on_without(monkeypatch):
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", refuse)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).to(GPU)
-    choose_convolutions(model, GPU, "bf16")
+    choose_convolutions(model, "alexnet", GPU, "bf16")
     with torch.autocast("cuda", torch.bfloat16):
         output = model(torch.randn(2, 3, 8, 8, device=GPU))
     assert (output >= 0).all() and not model[0].fusing
+
+
+@pytest.mark.gpu
+def test_what_was_in_the_outputs_memory_does_not_matter():
+    """torch hands cuDNN the output as a summand of factor 0: NaN times 0 would be NaN."""
+    images = torch.randn(64, 16, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()).to(GPU)
+    plain = model(images)
+    choose_convolutions(model, "alexnet", GPU, "bf16")
+    for _ in range(3):
+        dirty = torch.full((64, 32, 32, 32), torch.nan, device=GPU, dtype=torch.bfloat16)
+        del dirty  # the allocator gives its memory to the output
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(images)
+        assert torch.allclose(output.float(), plain, atol=0.05)
+    assert model[0].fusing

@@ -14,8 +14,10 @@ from caltech_hpo.spec import Recipe
 from caltech_hpo.training.cuda_graph import PLAIN_STEPS, _rates_from
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import step_graph, train, train_batches
+from caltech_hpo.training.memory import MicroBatches, _kind, with_micro_batch
 from caltech_hpo.training.prepare import prepare
 from caltech_hpo.training.state import begin, begin_epoch
+from caltech_hpo.training.system_memory import memory_share
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MIXED = {"mixup": 0.2, "cutmix": 1.0, "augmentation": "random_resized_crop_flip", "color_jitter": 0.2}
@@ -38,9 +40,16 @@ def recipe(**changes) -> Recipe:
     return Recipe.model_validate(values | changes)
 
 
+def on_gpu(made, splits):
+    *_, prepared = prepare(made, *splits, GPU)
+    prepared = MicroBatches(GPU, memory_share(GPU, None, 1)).fit(made, prepared)
+    assert prepared.replays
+    return prepared
+
+
 def losses(made, splits, *, graphed: bool) -> list[float]:
     """Of each epoch."""
-    *_, prepared = prepare(made, *splits, GPU)
+    prepared = on_gpu(made, splits)
     state = begin(made, prepared)
     graph = step_graph(made, prepared, state) if graphed else None
     found = []
@@ -71,7 +80,7 @@ def test_a_replayed_training_is_the_plain_one(splits, changes):
 @pytest.mark.gpu
 def test_batch_norms_count_replayed_steps(splits):
     made = recipe(architecture="resnet18", epochs=1)
-    *_, prepared = prepare(made, *splits, GPU)
+    prepared = on_gpu(made, splits)
     (epoch,) = train(made, prepared)
     assert prepared.model.bn1.num_batches_tracked == len(prepared.training.sizes)
     assert 0 < epoch.training_loss < 5
@@ -80,7 +89,7 @@ def test_batch_norms_count_replayed_steps(splits):
 @pytest.mark.gpu
 def test_without_memory_for_the_recording_it_goes_on_as_it_was(splits, monkeypatch):
     made = recipe()
-    *_, prepared = prepare(made, *splits, GPU)
+    prepared = on_gpu(made, splits)
 
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -89,15 +98,24 @@ def test_without_memory_for_the_recording_it_goes_on_as_it_was(splits, monkeypat
     assert len(list(train(made, prepared))) == 2
 
 
-def test_only_whole_batches_of_known_models_on_a_gpu_are_recorded(splits):
+def test_steps_are_recorded_where_there_is_room_and_the_model_is_known(splits, monkeypatch):
+    """Three times a step's memory: the graph's, that of plain steps, and scoring's."""
     made = recipe()
     *_, prepared = prepare(made, *splits, CPU)
     state = begin(made, prepared)
-    assert step_graph(made, prepared, state) is None
-    elsewhere = replace(prepared, device=GPU)
-    assert step_graph(made, elsewhere, state) is not None
-    assert step_graph(made, replace(elsewhere, micro_batch=2), state) is None
-    assert step_graph(recipe(architecture="timm/convnext_atto"), elsewhere, state) is None
+    assert not prepared.replays and step_graph(made, prepared, state) is None
+    for limit, replays in ((3 << 20, True), ((3 << 20) - 1, False)):
+        memory = MicroBatches(GPU, limit)
+
+        def step(recipe, prepared, images, memory=memory):
+            memory._image_bytes[_kind(recipe, prepared)] = (1 << 20) / images
+
+        monkeypatch.setattr(memory, "_train_once", step)
+        fitted = memory.fit(made, prepared)
+        assert fitted.replays == replays and (step_graph(made, fitted, state) is not None) == replays
+    room = replace(prepared, replays=True)
+    assert step_graph(recipe(architecture="timm/convnext_atto"), room, state) is None
+    assert not with_micro_batch(room, made, 2).replays
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
