@@ -11,6 +11,7 @@ from types import FrameType
 from caltech_hpo.errors import CaltechHpoError, StorageError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
 
 
 def main() -> None:
@@ -48,9 +49,9 @@ def main() -> None:
         fail(f"the study database failed: {reason}\n  fix: {fix}", StorageError.exit_code)
 
 
-def _end(number: int, _: FrameType | None) -> None:
+def _end(*_: int | FrameType | None) -> None:
     """SIGTERM ends a command as Ctrl-C does: what is half-made is removed."""
-    sys.exit(128 + number)
+    sys.exit(TERMINATED)
 
 
 def fail(message: str, code: int) -> None:

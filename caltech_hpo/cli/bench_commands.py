@@ -40,6 +40,7 @@ STUDY_SECONDS = 20.0
 ROUNDS, ROUNDS_ON_A_GPU = 3, 2
 
 LEAST_SECONDS = 10.0  # of --reporters
+MOST_IMAGES = 65536  # a recipe's batch
 
 
 class SamplerChoice(StrEnum):
@@ -55,13 +56,17 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    study: Annotated[str | None, typer.Option("--study", help="Measure this study's recipe instead.")] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Measure this study's recipe, on its data, instead.")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", help="Architecture; may be repeated.", show_default=", ".join(MODELS)),
     ] = None,
     device: Device = "auto",
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes, at least.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="How long each measurement takes, at least.")
+    ] = 3.0,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -73,14 +78,17 @@ def bench(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Images a step.", show_default="the study's, or the most that stock can hold"
+            min=2,
+            max=MOST_IMAGES,
+            help="Images a step.",
+            show_default="the study's, or the most that stock can hold",
         ),
     ] = None,
     workers: Annotated[
         str | None,
         typer.Option(
             help=f"Also search {STUDY} for {STUDY_SECONDS:.0f} s with each of these, e.g. {ON_A_GPU}.",
-            show_default=f"{ON_A_GPU} on a GPU, else none",
+            show_default=f"{ON_A_GPU} on a GPU without --study, else none",
         ),
     ] = None,
     search: Annotated[
@@ -128,7 +136,16 @@ def bench(
         found = Measurements()
         try:
             run_speed(
-                found, place, recipes(study, model or []), device, seconds, rounds, batch_size, workers, bars
+                found,
+                study,
+                place,
+                recipes(study, model or []),
+                device,
+                seconds,
+                rounds,
+                batch_size,
+                workers,
+                bars,
             )
         finally:  # minutes of measuring are not lost with what comes after them
             bars.close()
@@ -171,10 +188,10 @@ def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars
 
 
 def run_speed(
-    measured: Measurements, place: Place, values: list[Hyperparameters], device: str, seconds: float,
-    rounds: int | None, batch_size: int | None, workers: str | None, bars: ProgressBars,
+    measured: Measurements, study: str | None, place: Place, values: list[Hyperparameters], device: str,
+    seconds: float, rounds: int | None, batch_size: int | None, workers: str | None, bars: ProgressBars,
 ) -> None:  # fmt: skip
-    """Adds the rows of each recipe, of decoding, and of each number of workers."""
+    """Adds the rows of each recipe, of decoding, and of each number of workers; on the images of `study`."""
     from caltech_hpo.data.dataset import scan
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed
@@ -186,8 +203,9 @@ def run_speed(
 
     found_device = resolve_device(device)
     device, on_gpu = str(found_device), found_device.type == "cuda"
-    counts = worker_counts(workers if workers is not None else ON_A_GPU if on_gpu else "")
-    index = scan(locate_data(load_study(STUDY), place, progress=bars, say=say))
+    searched = ON_A_GPU if on_gpu and study is None else ""
+    counts = worker_counts(workers if workers is not None else searched)
+    index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))
     rounds = rounds or (ROUNDS_ON_A_GPU if on_gpu else ROUNDS)
     for recipe in values:
         found = load_search_data(index, recipe.resize, place.cache, progress=bars)

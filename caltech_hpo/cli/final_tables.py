@@ -23,7 +23,8 @@ def final_text(result: FinalResult, choice: str, uses: int, folder: Path) -> str
             f"{_trained(result)}, fitted on {result.fit_on}, {result.seeds} seed",
             f"test top-1 {result.test_accuracy:.4f}, 95% interval {low:.4f} to {high:.4f} "
             f"over {result.test_images:,} images; mean per class {result.test_mean_per_class_accuracy:.4f}"
-            + flip_text(result),
+            + flip_text(result)
+            + leak_text(result),
             uses_text(uses),
             *([f"model, metrics and plots: {folder}"] if folder.is_dir() else []),
             f"next: caltech-hpo predict IMAGE --study {result.study}; or look: caltech-hpo report --study "
@@ -39,7 +40,7 @@ def seeds_text(made: SeedsResult, choice: str, uses: int, folders: Sequence[Path
         f"study {made.study}, trial {made.trial} ({choice}): {short_params(made.params)}",
         f"test top-1 {made.test_accuracy:.4f}, standard deviation {made.test_accuracy_sd:.4f}, 95% interval "
         f"of the mean {low:.4f} to {high:.4f} over {made.seeds} seeds, fitted on {made.fit_on}; "
-        f"mean per class {made.test_mean_per_class_accuracy:.4f}",
+        f"mean per class {made.test_mean_per_class_accuracy:.4f}{leak_text(made.results[0])}",
     ]
     lines += [
         f"  seed {result.seed if result.seed is not None else '?'}: test top-1 {result.test_accuracy:.4f}, "
@@ -53,6 +54,13 @@ def flip_text(result: FinalResult) -> str:
     """The accuracy with test-time flip, where it was asked for."""
     flip = result.test_accuracy_flip
     return "" if flip is None else f"; with test-time flip {flip:.4f}"
+
+
+def leak_text(result: FinalResult) -> str:
+    """How many test images the model may have learned, where that was allowed."""
+    return (
+        f"; {result.leaks} of the test images are training or validation images too" if result.leaks else ""
+    )
 
 
 def _trained(result: FinalResult) -> str:
@@ -84,6 +92,7 @@ def score_lines(made: Report) -> list[str]:
         lines.append(
             f"test set: trial {final.trial}, fitted on {final.fit_on}: top-1 {final.test_accuracy:.4f} "
             f"({low:.4f} to {high:.4f}), mean per class {final.test_mean_per_class_accuracy:.4f}, {seed}"
+            f"{leak_text(final)}"
         )
     reasons = f"; again because: {'; '.join(made.test_reasons)}" if made.test_reasons else ""
     return [*lines, uses_text(made.test_uses) + reasons]

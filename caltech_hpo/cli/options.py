@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from caltech_hpo.cli import INTERRUPTED
+from caltech_hpo.cli import INTERRUPTED, TERMINATED
 from caltech_hpo.cli.display import ProgressBars
 from caltech_hpo.errors import UsageError
 
@@ -105,16 +105,19 @@ def this_command() -> str:
 
 @contextmanager
 def goes_on(*, kept: bool = True) -> Iterator[None]:
-    """Ctrl-C ends the command with 130 and says how to continue (typer alone would be silent).
+    """Ctrl-C and SIGTERM end the command, with 130 or 143, and it says how to continue (typer would not).
 
     `kept` says whether the next call goes on, or begins anew.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        what = "the same command goes on from here" if kept else "nothing is kept; to begin anew"
-        say(f"interrupted; {what}: {this_command()}")
-        raise typer.Exit(INTERRUPTED) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.code
+        if code not in (INTERRUPTED, TERMINATED):
+            raise
+        what = "the same command goes on from here" if kept else "to begin anew"
+        say(f"{'interrupted' if code == INTERRUPTED else 'ended'}; {what}: {this_command()}")
+        raise typer.Exit(code) from None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from caltech_hpo.data.dataset import DatasetIndex, Sample
 from caltech_hpo.data.decode import Pixels
 from caltech_hpo.errors import DataError
 
+MOST_NAMED = 3  # unreadable images, in a message
 WITHOUT = "-without"  # in a fingerprint, before how many images could not be read
 
 
@@ -90,6 +91,21 @@ def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dic
             else "no readable validation image"
         )
         raise DataError(f"{index.root}: {what}", "replace the unreadable images")
+
+
+def left_out(caches: Mapping[str, Path]) -> str:
+    """How many images of the splits, by name, could not be read, and some of them; "" if all could."""
+    found = [f"{name}: {path}" for name, cache in caches.items() for path in read_index(cache)["unreadable"]]
+    if not found:
+        return ""
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return f"left out, since unreadable: {len(found)} image(s) ({', '.join(found[:MOST_NAMED])}{more})"
+
+
+def untested_classes(index: DatasetIndex, test: TestData) -> list[str]:
+    """Classes whose test images could all not be read."""
+    tested = set(read_index(test.test_cache)["labels"])
+    return [index.classes[label] for label in sorted({sample.label for sample in index.test} - tested)]
 
 
 def named_images(samples: Sequence[Sample], cache: Path) -> dict[str, Pixels]:

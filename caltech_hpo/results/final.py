@@ -17,7 +17,15 @@ from caltech_hpo import __version__
 from caltech_hpo.data.cache import Progress, read_index
 from caltech_hpo.data.dataset import DatasetIndex
 from caltech_hpo.data.duplicates import TEST, Group
-from caltech_hpo.data.loading import SearchData, TestData, load_search_data, load_test_data, named_images
+from caltech_hpo.data.loading import (
+    SearchData,
+    TestData,
+    left_out,
+    load_search_data,
+    load_test_data,
+    named_images,
+    untested_classes,
+)
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.leaks import count_leaked, find_leaks, refuse_leaks
@@ -90,6 +98,11 @@ def load_data(
     test = load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress) if scoring else None
     search = load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress)
     require_same_images(plan.recipe, search, plan.index)
+    caches = {"training": search.training_cache, "validation": search.validation_cache}
+    if missing := left_out(caches | ({"test": test.test_cache} if test else {})):
+        say(missing)
+    if test and (untested := untested_classes(plan.index, test)):
+        say(f"without a readable test image, so not in the score: {', '.join(untested)}")
     if test is None:
         return FinalData(search, None)
     leaks = _leaks(plan.index, test, search)

@@ -122,7 +122,8 @@ def _trained(
     progress: Progress | None,
 ) -> Generator[FinalEvent, None, None]:  # fmt: skip
     jobs = [
-        Job(number, plan.recipe, plan.unfinished / WEIGHTS, checkpoint_of(plan))
+        # at the end too: whatever ends the call before the score, only scoring remains
+        Job(number, plan.recipe, plan.unfinished / WEIGHTS, checkpoint_of(plan), checkpoint_at_end=True)
         for number, plan in enumerate(plans)
     ]
     recipe, features = plans[0].recipe, plans[0].place.features

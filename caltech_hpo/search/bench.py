@@ -80,8 +80,11 @@ def fitting_batch_size(architecture: str, crop: int, device: str) -> int:
 def measure_speed(
     recipe: Recipe, device: str, data: SearchData, index: DatasetIndex, *, seconds: float, rounds: int,
     progress: Progress,
-) -> list[Speed]:  # fmt: skip
-    """Trains and evaluates for `seconds` a measurement; a short round before the others warms up."""
+) -> Iterator[Speed]:  # fmt: skip
+    """Trains and evaluates for `seconds` a measurement; a short round before the others warms up.
+
+    Interrupted, it yields what the whole rounds until then say, then raises.
+    """
     from caltech_hpo.training.bench import BenchTask
 
     training, validation = (
@@ -89,20 +92,28 @@ def measure_speed(
         for part in (index.training, index.validation)
     )
     task = BenchTask(recipe, device, data, training, validation)
-    found: dict[tuple[Way, Phase], list[Timing]] = {key: [] for key in WAYS}
-    with _measuring(task, "stock") as stock, _measuring(task, "ours") as ours:
-        stock.wait()
-        ours.wait()
-        sides = {"stock": stock, "ours": ours}
-        for step in range((rounds + 1) * len(WAYS)):
-            way, phase = WAYS[step % len(WAYS)]
-            progress(f"measuring {recipe.architecture}, {way} {phase}", step, (rounds + 1) * len(WAYS))
-            warming = step < len(WAYS)
-            timing = sides[way].measure(phase, 0.0 if warming else seconds)
-            if timing is not None and not warming:
-                found[way, phase].append(timing)
     images = {"train": len(training), "eval": len(validation)}
-    return list(_speeds(recipe, device, rounds, found, images))
+    found: dict[tuple[Way, Phase], list[Timing]] = {key: [] for key in WAYS}
+    total = (rounds + 1) * len(WAYS)
+    with _measuring(task, "stock") as stock, _measuring(task, "ours") as ours:
+        sides = {"stock": stock, "ours": ours}
+        try:
+            progress(f"measuring {recipe.architecture}", 0, total)
+            stock.wait()
+            ours.wait()
+            for step in range(total):
+                way, phase = WAYS[step % len(WAYS)]
+                warming = step < len(WAYS)
+                timing = sides[way].measure(phase, 0.0 if warming else seconds)
+                if timing is not None and not warming:
+                    found[way, phase].append(timing)
+                progress(f"measuring {recipe.architecture}", step + 1, total)
+        except (KeyboardInterrupt, SystemExit):
+            whole = min(map(len, found.values()))
+            if whole:
+                yield from _speeds(recipe, device, whole, found, images)
+            raise
+    yield from _speeds(recipe, device, rounds, found, images)
 
 
 def _speeds(

@@ -38,7 +38,8 @@ class WorkerConfig:
 class Job:
     """One training. `keep` is where the best epoch's weights go when it ends by itself, if its validation
     accuracy is over `above`; `checkpoint` where it is to go on from and where it is kept while it runs (None:
-    nowhere). The first `known` epochs need not be told again."""
+    nowhere), and after its last epoch if `checkpoint_at_end`. The first `known` epochs need not be told
+    again."""
 
     number: int
     recipe: Recipe
@@ -46,6 +47,7 @@ class Job:
     checkpoint: Path | None = None
     known: int = 0
     above: float = -1.0
+    checkpoint_at_end: bool = False
 
     def goes_on_from(self, document: dict[str, Any]) -> bool:
         """Whether a checkpoint's document is of this training, and holds the best epoch if that is wanted."""

@@ -124,7 +124,7 @@ def _run(
     request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, finished: int,
     check_lock: Check, progress: Progress | None, say: Say, stop: Callable[[], bool],
 ) -> Iterator[Search]:  # fmt: skip
-    from caltech_hpo.data.loading import load_search_data
+    from caltech_hpo.data.loading import left_out, load_search_data
     from caltech_hpo.search.planning import binding_of, forecaster_for
     from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.space import most_demanding
@@ -136,6 +136,8 @@ def _run(
         index, spec.recipe.resize, place.cache,
         skip_unreadable=request.skip_unreadable, subset=request.subset, progress=progress,
     )  # fmt: skip
+    if missing := left_out({"training": data.training_cache, "validation": data.validation_cache}):
+        say(missing)
     storage = open_storage(place.storage)
     use_safe_journal(storage.engine)
     workers = min(request.workers, request.trials - finished)

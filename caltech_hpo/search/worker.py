@@ -204,6 +204,8 @@ def _report(
             about = {DESCRIPTION: json.dumps(describe_model(job.recipe, context.classes))}
             save = partial(state.best.save, prepared.model, job.keep, about)
             yield from _written(job, job.keep, "the best weights", save)
+        if job.checkpoint and job.checkpoint_at_end:
+            yield from _written(job, job.checkpoint, "a checkpoint", partial(_save, job, prepared, state))
         yield Finished(job.number)
         return
     if job.checkpoint:

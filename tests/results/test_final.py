@@ -138,6 +138,10 @@ def test_a_leak_that_is_allowed_is_told_and_noted(leaky):
     assert len(told) == 1 and "1 test image(s) are" in told[0] and " = ".join(names) in told[0]
     metrics = json.loads((plan.folder / "metrics.json").read_text())
     assert metrics["leaks"] == [names] and (result.test_images, result.leaks) == (12, 1)
+    words = "1 of the test images are training or validation images too"
+    for command in ("final", "report"):
+        shown = here(command, "--study", "demo@2", "--home", place.home, cwd=place.home)
+        assert words in " ".join(shown.stdout.split())
     # The stored score needs neither the images nor the option.
     (again,) = plan_finals("demo@2", Place(place.home, place.storage, data=place.home / "absent"))
     assert take(again) == result
@@ -332,6 +336,36 @@ def test_memory_that_runs_out_in_the_scoring_says_what_to_do(place, monkeypatch)
         take(plan)
     assert "--workers 1" in str(raised.value) and ledger.scores(place.storage, "demo") == []
     assert take(plan, "now").test_images == 12
+
+
+def test_before_the_score_an_interruption_loses_no_training(place, monkeypatch):
+    (plan,) = plan_finals("demo", place)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retraining, "score", interrupt)
+        take(plan)
+    assert ledger.scores(place.storage) == []
+    events = list(run_finals(plan_finals("demo", place), device="cpu"))
+    told = [(event.result.epoch, event.before) for event in events if isinstance(event, RetrainingEpoch)]
+    assert told == [(1, True), (2, True)]
+    assert events[-1].how == "now" and (plan.folder / "model.safetensors").is_file()
+
+
+def test_what_is_left_out_is_said(place):
+    """Of every split; and a class whose test images cannot be read is not in the score."""
+    index = scan(place.data)
+    last = [sample.path for sample in index.test if sample.label == 1]
+    for path in last:
+        (place.data / path).write_bytes(b"no image")
+    write_study(place.storage, [([0.1, 0.9], SHORT)], name="demo@2", data=scan(place.data).fingerprint)
+    (plan,) = plan_finals("demo@2", place)
+    told = []
+    assert take(plan, skip_unreadable=True, say=told.append).test_images == 12 - len(last)
+    assert told[0].startswith(f"left out, since unreadable: {len(last)} image(s) (test: {last[0]}, ")
+    assert told[1] == f"without a readable test image, so not in the score: {index.classes[1]}"
 
 
 @pytest.mark.parametrize("broken", ["record", "finish"])

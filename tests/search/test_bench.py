@@ -36,9 +36,10 @@ def test_both_ways_and_the_floor_are_measured(images):
     said = []
     recipe = bench_recipe(VALUES, data)
     assert recipe.weights == "none" and recipe.batch_size == 4
-    rows = measure_speed(
+    measuring = measure_speed(
         recipe, "cpu", data, index, seconds=0.05, rounds=1, progress=lambda *what: said.append(what)
     )
+    rows = list(measuring)
     assert [(row.model, row.phase) for row in rows] == [
         ("resnet18", "train"), ("resnet18", "eval"), ("resnet18", "epoch"),
     ]  # fmt: skip
@@ -46,7 +47,22 @@ def test_both_ways_and_the_floor_are_measured(images):
         assert row.stock > 0 and row.ours > 0 and row.floor > 0 and row.data_wait_s >= 0
         assert row.over_stock == row.ours / row.stock and row.of_floor == row.ours / row.floor
         assert (row.batch_size, row.device, row.rounds) == (4, "cpu", 1)
-    assert said[0] == ("measuring resnet18, stock train", 0, 12) and len(said) == 12
+    assert said == [("measuring resnet18", step, 12) for step in range(13)]
+
+
+def test_whole_rounds_are_told_when_it_is_interrupted(images):
+    index, data = images
+    recipe = bench_recipe(VALUES, data)
+
+    def progress(_, done, __):
+        if done == 20:  # in the second round after the one that warms up
+            raise KeyboardInterrupt
+
+    rows = []
+    with pytest.raises(KeyboardInterrupt):
+        for row in measure_speed(recipe, "cpu", data, index, seconds=0.01, rounds=3, progress=progress):
+            rows.append(row)
+    assert [(row.phase, row.rounds) for row in rows] == [("train", 2), ("eval", 2), ("epoch", 2)]
 
 
 def test_rows_are_the_medians_of_whole_epochs():
@@ -177,7 +193,7 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
     place = Place(tmp_path, "sqlite:///unused.db", images[0].root)
     found = bench_study.Measurements()
     with progress_bars() as bars:
-        run_speed(found, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
+        run_speed(found, None, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
     assert [row.ours for row in found.speeds] == [40.0] and found.cache.images == len(images[0].training)
     assert [row.workers for row in found.studies] == [2]
     said = capsys.readouterr().err
