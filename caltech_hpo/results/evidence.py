@@ -28,7 +28,8 @@ class FinalScore(Frozen):
     """The test accuracy of one configuration, 0 to 1, over `seeds` trainings.
 
     `low` and `high` are a 95% interval: of one training's score over test images (Wilson), of the mean
-    over seeds (Student's t) with more of them.
+    over seeds (Student's t) with more of them. `leaks` counts test images that are training or validation
+    images too.
     """
 
     trial: int
@@ -39,6 +40,12 @@ class FinalScore(Frozen):
     mean_per_class: float
     low: float
     high: float
+    leaks: int = 0
+
+    @property
+    def leak_words(self) -> str:
+        """What follows the score where there are leaks."""
+        return f", {self.leaks} of the images are training or validation images too" if self.leaks else ""
 
 
 class Confirmed(Frozen):
@@ -125,5 +132,5 @@ def _over_seeds(configuration: str, group: Sequence[FinalResult]) -> FinalScore:
         trial=group[0].trial, configuration=configuration, fit_on=group[0].fit_on, seeds=len(group),
         top1=accuracy.mean,
         mean_per_class=statistics.fmean(result.test_mean_per_class_accuracy for result in group),
-        low=low, high=high,
+        low=low, high=high, leaks=max(result.leaks for result in group),
     )  # fmt: skip

@@ -91,7 +91,7 @@ def study_note(
     lines += [
         f"**Test set:** trial {score.trial}, fitted on {plain(score.fit_on)}: top-1 **{score.top1:.4f}** "
         f"(95%: {score.low:.4f} to {score.high:.4f}), mean per class {score.mean_per_class:.4f}, "
-        f"{score.seeds} seed{'s' if score.seeds > 1 else ''}"
+        f"{score.seeds} seed{'s' if score.seeds > 1 else ''}{score.leak_words}"
         for score in scores
     ]
     lines.append(

@@ -142,6 +142,9 @@ def test_a_leak_that_is_allowed_is_told_and_noted(leaky):
     for command in ("final", "report"):
         shown = here(command, "--study", "demo@2", "--home", place.home, cwd=place.home)
         assert words in " ".join(shown.stdout.split())
+    here("report", "--all", "--home", place.home, cwd=place.home)
+    (page,) = place.home.rglob("report.md")
+    assert ", 1 of the images are training or validation images too" in page.read_text()
     # The stored score needs neither the images nor the option.
     (again,) = plan_finals("demo@2", Place(place.home, place.storage, data=place.home / "absent"))
     assert take(again) == result

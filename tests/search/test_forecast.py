@@ -7,6 +7,7 @@ import re
 from io import StringIO
 
 import pytest
+import typer
 from rich.console import Console
 
 from caltech_hpo.cli import options
@@ -290,6 +291,20 @@ def test_a_message_has_a_line_of_its_own_above_the_bars(monkeypatch):
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue()).splitlines()
     assert "starting 1 worker" in [line.strip() for line in lines]
     assert any("decoding" in line and "1/2" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [(KeyboardInterrupt(), 130, "interrupted; the same"), (SystemExit(143), 143, "ended; the same")],
+)
+def test_ctrl_c_and_sigterm_say_how_to_go_on(ending, code, words, capsys):
+    from caltech_hpo.cli import options
+
+    with pytest.raises(typer.Exit) as stopped, options.goes_on():
+        raise ending
+    assert stopped.value.exit_code == code and words in capsys.readouterr().err
+    with pytest.raises(SystemExit), options.goes_on():
+        raise SystemExit(2)
 
 
 def test_a_file_gets_its_answer_while_bars_are_shown(monkeypatch, capsys):
