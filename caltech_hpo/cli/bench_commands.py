@@ -40,7 +40,7 @@ STUDY_SECONDS = 20.0
 ROUNDS, ROUNDS_ON_A_GPU = 3, 2
 
 LEAST_SECONDS = 10.0  # of --reporters
-MOST_IMAGES = 65536  # a recipe's batch
+MOST_IMAGES = 65536  # as in spec, which --help need not import
 
 
 class SamplerChoice(StrEnum):
@@ -136,17 +136,9 @@ def bench(
         found = Measurements()
         try:
             run_speed(
-                found,
-                study,
-                place,
-                recipes(study, model or []),
-                device,
-                seconds,
-                rounds,
-                batch_size,
-                workers,
-                bars,
-            )
+                found, study, place, recipes(study, model or []), device, seconds, rounds, batch_size,
+                workers, bars,
+            )  # fmt: skip
         finally:  # minutes of measuring are not lost with what comes after them
             bars.close()
             if found.speeds:

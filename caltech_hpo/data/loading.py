@@ -28,6 +28,11 @@ class SearchData:
     training_cache: Path
     validation_cache: Path
 
+    @property
+    def caches(self) -> dict[str, Path]:
+        """The cache files by the names of their splits."""
+        return {"training": self.training_cache, "validation": self.validation_cache}
+
     def open_training(self) -> LabeledImages:
         """The training images, memory-mapped."""
         return open_cache(self.training_cache)
@@ -82,8 +87,7 @@ def load_search_data(
 
 def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dict[str, Path]) -> None:
     """Raises DataError if the unreadable images were all of a class's training or all of a split."""
-    learned = set(read_index(caches["training"])["labels"])
-    missing = [index.classes[label] for label in sorted({sample.label for sample in training} - learned)]
+    missing = unreadable_classes(index, training, caches["training"])
     if missing or not read_index(caches["validation"])["labels"]:
         what = (
             f"no readable training image of {', '.join(missing)}"
@@ -102,10 +106,10 @@ def left_out(caches: Mapping[str, Path]) -> str:
     return f"left out, since unreadable: {len(found)} image(s) ({', '.join(found[:MOST_NAMED])}{more})"
 
 
-def untested_classes(index: DatasetIndex, test: TestData) -> list[str]:
-    """Classes whose test images could all not be read."""
-    tested = set(read_index(test.test_cache)["labels"])
-    return [index.classes[label] for label in sorted({sample.label for sample in index.test} - tested)]
+def unreadable_classes(index: DatasetIndex, samples: Sequence[Sample], cache: Path) -> list[str]:
+    """Classes of which no image of the split could be read."""
+    there = set(read_index(cache)["labels"])
+    return [index.classes[label] for label in sorted({sample.label for sample in samples} - there)]
 
 
 def named_images(samples: Sequence[Sample], cache: Path) -> dict[str, Pixels]:

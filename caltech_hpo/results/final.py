@@ -24,7 +24,7 @@ from caltech_hpo.data.loading import (
     load_search_data,
     load_test_data,
     named_images,
-    untested_classes,
+    unreadable_classes,
 )
 from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.results import ledger
@@ -98,10 +98,9 @@ def load_data(
     test = load_test_data(*place, skip_unreadable=skip_unreadable, progress=progress) if scoring else None
     search = load_search_data(*place, skip_unreadable=skip_unreadable, progress=progress)
     require_same_images(plan.recipe, search, plan.index)
-    caches = {"training": search.training_cache, "validation": search.validation_cache}
-    if missing := left_out(caches | ({"test": test.test_cache} if test else {})):
+    if missing := left_out(search.caches | ({"test": test.test_cache} if test else {})):
         say(missing)
-    if test and (untested := untested_classes(plan.index, test)):
+    if test and (untested := unreadable_classes(plan.index, plan.index.test, test.test_cache)):
         say(f"without a readable test image, so not in the score: {', '.join(untested)}")
     if test is None:
         return FinalData(search, None)

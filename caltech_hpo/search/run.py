@@ -136,7 +136,7 @@ def _run(
         index, spec.recipe.resize, place.cache,
         skip_unreadable=request.skip_unreadable, subset=request.subset, progress=progress,
     )  # fmt: skip
-    if missing := left_out({"training": data.training_cache, "validation": data.validation_cache}):
+    if missing := left_out(data.caches):
         say(missing)
     storage = open_storage(place.storage)
     use_safe_journal(storage.engine)
