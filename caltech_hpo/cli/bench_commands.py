@@ -16,6 +16,7 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Skip,
     Storage,
     answer,
     goes_on,
@@ -106,6 +107,7 @@ def bench(
     sampler: Annotated[
         SamplerChoice, typer.Option(help="The sampler that --reporters searches with.")
     ] = SamplerChoice.tpe,
+    skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     data: Data = None,
@@ -137,7 +139,7 @@ def bench(
         try:
             run_speed(
                 found, study, place, recipes(study, model or []), device, seconds, rounds, batch_size,
-                workers, bars,
+                workers, skip_unreadable, bars,
             )  # fmt: skip
         finally:  # minutes of measuring are not lost with what comes after them
             bars.close()
@@ -181,7 +183,8 @@ def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars
 
 def run_speed(
     measured: Measurements, study: str | None, place: Place, values: list[Hyperparameters], device: str,
-    seconds: float, rounds: int | None, batch_size: int | None, workers: str | None, bars: ProgressBars,
+    seconds: float, rounds: int | None, batch_size: int | None, workers: str | None, skip_unreadable: bool,
+    bars: ProgressBars,
 ) -> None:  # fmt: skip
     """Adds the rows of each recipe, of decoding, and of each number of workers; on the images of `study`."""
     from caltech_hpo.data.dataset import scan
@@ -200,16 +203,22 @@ def run_speed(
     index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))
     rounds = rounds or (ROUNDS_ON_A_GPU if on_gpu else ROUNDS)
     for recipe in values:
-        found = load_search_data(index, recipe.resize, place.cache, progress=bars)
+        found = load_search_data(
+            index, recipe.resize, place.cache, skip_unreadable=skip_unreadable, progress=bars
+        )
         size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
-        for row in measure_speed(made, device, found, index, seconds=seconds, rounds=rounds, progress=bars):
+        for row in measure_speed(
+            made, device, found, index, seconds=seconds, rounds=rounds, progress=bars, say=say
+        ):
             measured.speeds.append(replace(row, device=describe_device(found_device)))
             say(speed_line(measured.speeds[-1]))
     measured.cache = measure_cache(index, values[0].resize, place.cache, bars)
     place = replace(place, data=index.root)  # found once: the studies have homes of their own
     for count in counts:
-        request = SearchRequest(STUDY, TRIALS, workers=count, device=device, baselines=False)
+        request = SearchRequest(
+            STUDY, TRIALS, workers=count, device=device, baselines=False, skip_unreadable=skip_unreadable
+        )
         try:
             measured.studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
         except (CaltechHpoError, RuntimeError) as error:  # the other numbers are measured all the same

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from caltech_hpo.search.overhead import Overhead
     from caltech_hpo.search.reporters import ReportsHeld
 
-MEMORY = "no memory"
+NOT_RUN = "not run"
 
 
 def speed_table(found: Measurements, machine: str) -> Group:
@@ -58,7 +58,7 @@ def speed_line(row: Speed) -> str:
 
 
 def _rate(images: float | None) -> str:
-    return MEMORY if images is None else f"{images:,.1f}"
+    return NOT_RUN if images is None else f"{images:,.1f}"
 
 
 def _ratio(value: float | None) -> str:

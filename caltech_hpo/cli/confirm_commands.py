@@ -67,7 +67,7 @@ def confirm(
         with open_confirm(study, place, finalists=finalists, seeds=seeds, progress=bars, say=say) as plan:
             say(_announcement(plan))
             events = run_confirm(
-                plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars
+                plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars, say=say
             )
             names = [training_name(one.trial, one.recipe) for one in plan.open]
             view = TrainingsView(STDERR, names, sum(one.recipe.epochs for one in plan.open), workers)

@@ -112,10 +112,15 @@ def unreadable_classes(index: DatasetIndex, samples: Sequence[Sample], cache: Pa
     return [index.classes[label] for label in sorted({sample.label for sample in samples} - there)]
 
 
+def readable(samples: Sequence[Sample], cache: Path) -> list[Sample]:
+    """Those of a split's samples that are in its cache, in its order."""
+    unreadable = read_index(cache)["unreadable"]
+    return [sample for sample in samples if sample.path not in unreadable]
+
+
 def named_images(samples: Sequence[Sample], cache: Path) -> dict[str, Pixels]:
     """The decoded images of a split by their paths; what could not be read is left out."""
-    unreadable = read_index(cache)["unreadable"]
-    kept = [sample.path for sample in samples if sample.path not in unreadable]
+    kept = [sample.path for sample in readable(samples, cache)]
     return dict(zip(kept, open_cache(cache).images, strict=True))
 
 

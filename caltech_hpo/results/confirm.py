@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.dataset import DatasetIndex
-from caltech_hpo.data.loading import load_search_data
+from caltech_hpo.data.loading import left_out, load_search_data
 from caltech_hpo.errors import UsageError
 from caltech_hpo.results.confirm_events import (
     ConfirmEvent,
@@ -153,7 +153,7 @@ def _is_that(one: Candidate, recipe: Recipe | None) -> bool:
 
 def run_confirm(
     plan: ConfirmPlan, *, workers: int = 1, device: str = "auto", skip_unreadable: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | None = None, say: Say = silent,
 ) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
     """Runs what is open, and keeps each training as soon as it has finished.
 
@@ -171,6 +171,8 @@ def run_confirm(
         mine = [training for training in plan.open if training.recipe.resize == resize]
         for training in mine:
             require_same_images(training.recipe, data, plan.index)
+        if missing := left_out(data.caches):
+            say(missing)
         count, share = min(workers, len(mine)), min(workers, len(plan.finalists) * len(plan.seeds))
         with open_executor(
             mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features,

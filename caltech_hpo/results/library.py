@@ -88,7 +88,7 @@ def confirm(
     """
     name, place = _name(study), _place(home, storage, data)
     with open_confirm(name, place, finalists=finalists, seeds=seeds, say=say) as plan:
-        events = run_confirm(plan, workers=workers, device=device, skip_unreadable=skip_unreadable)
+        events = run_confirm(plan, workers=workers, device=device, skip_unreadable=skip_unreadable, say=say)
         with contextlib.closing(events):
             for event in events:
                 if on_event:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.dataset import DatasetIndex
-from caltech_hpo.data.loading import SearchData
+from caltech_hpo.data.loading import SearchData, readable
+from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.spawning import worker_environment
 from caltech_hpo.spec import Hyperparameters, Recipe
 
@@ -35,8 +37,8 @@ STOCK_SHARE = 0.25
 class Speed:
     """Images a second of one phase: training, evaluation, or a training and validation epoch as a whole.
 
-    Medians over `rounds` measurements, each stretched to an epoch of the whole data. None where it ran out
-    of memory. `data_wait_s` is what our steps waited for batches in an epoch.
+    Medians over `rounds` measurements, each stretched to an epoch of the whole data. None where its process
+    ended before, for lack of memory mostly. `data_wait_s` is what our steps waited for batches in an epoch.
     """
 
     model: str
@@ -79,23 +81,25 @@ def fitting_batch_size(architecture: str, crop: int, device: str) -> int:
 
 def measure_speed(
     recipe: Recipe, device: str, data: SearchData, index: DatasetIndex, *, seconds: float, rounds: int,
-    progress: Progress,
+    progress: Progress, say: Say = silent,
 ) -> Iterator[Speed]:  # fmt: skip
     """Trains and evaluates for `seconds` a measurement; a short round before the others warms up.
 
-    Interrupted, it yields what the whole rounds until then say, then raises.
+    Says which way cannot go on. Interrupted, it yields what the whole rounds until then say, then raises.
     """
     from caltech_hpo.training.bench import BenchTask
 
     training, validation = (
-        tuple((index.root / sample.path, sample.label) for sample in part)
-        for part in (index.training, index.validation)
-    )
+        tuple((index.root / sample.path, sample.label) for sample in readable(part, cache))
+        for part, cache in (
+            (index.training, data.training_cache), (index.validation, data.validation_cache),
+        )
+    )  # fmt: skip
     task = BenchTask(recipe, device, data, training, validation)
     images = {"train": len(training), "eval": len(validation)}
     found: dict[tuple[Way, Phase], list[Timing]] = {key: [] for key in WAYS}
     total = (rounds + 1) * len(WAYS)
-    with _measuring(task, "stock") as stock, _measuring(task, "ours") as ours:
+    with _measuring(task, "stock", say) as stock, _measuring(task, "ours", say) as ours:
         sides = {"stock": stock, "ours": ours}
         try:
             progress(f"measuring {recipe.architecture}", 0, total)
@@ -155,7 +159,8 @@ def _total(*parts: float | None) -> float | None:
 class _Side:
     """One of the two processes; measures nothing any more once its memory did not suffice."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, name: str, process: SpawnProcess, connection: Connection, say: Say) -> None:
+        self._name, self._process, self._say = name, process, say
         self._connection, self.problem = connection, ""
 
     def wait(self) -> None:
@@ -174,15 +179,17 @@ class _Side:
         try:
             message = self._connection.recv()
         except (EOFError, OSError):  # the system ends a process that takes too much memory
-            message = "its process ended"
+            self._process.join()
+            message = f"its process ended with exit code {self._process.exitcode}"
         if isinstance(message, str):
             self.problem = message
+            self._say(f"{self._name}: {message}")
             return None
         return message
 
 
 @contextmanager
-def _measuring(task: BenchTask, way: Way) -> Iterator[_Side]:
+def _measuring(task: BenchTask, way: Way, say: Say) -> Iterator[_Side]:
     from caltech_hpo.training.bench import bench_worker
 
     context = multiprocessing.get_context("spawn")
@@ -193,7 +200,7 @@ def _measuring(task: BenchTask, way: Way) -> Iterator[_Side]:
         process.start()
     theirs.close()
     try:
-        side = _Side(ours)
+        side = _Side(f"{task.recipe.architecture}, {way}", process, ours, say)
         yield side
         if not side.problem:
             ours.send(None)

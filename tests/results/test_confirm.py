@@ -10,6 +10,7 @@ from helpers import write_folders, write_study
 from scipy import stats
 
 from caltech_hpo.data.dataset import scan
+from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import CaltechHpoError, DataError, StorageError, UsageError
 from caltech_hpo.results import confirm
 from caltech_hpo.results.confirm import (
@@ -30,6 +31,7 @@ from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
 from caltech_hpo.spec import EpochResult, Recipe
+from caltech_hpo.study_files import load_study
 
 PARAMS = {"learning_rate": 0.01, "batch_size": 32, "epochs": 2, "augmentation": "center_crop"}
 
@@ -194,6 +196,21 @@ def test_finalists_run_seed_by_seed_and_once(place, monkeypatch, workers):
     (run, *_) = runs(open_storage(place.storage), "demo")
     assert (run.best_epoch, run.epochs_run, run.seconds, run.stop_reason) == (1, 2, 3.0, "finished")
     assert go(place, monkeypatch)[0] == []  # the same command again trains nothing
+
+
+def test_what_is_left_out_is_said(place, monkeypatch):
+    lost = scan(place.data).training[0].path
+    (place.data / lost).write_bytes(b"no image")
+    index = scan(place.data)
+    resize = load_study("demo").recipe.resize
+    data = load_search_data(index, resize, place.cache, skip_unreadable=True)
+    trials = [([0.9], params(0.01), {"data": data.fingerprint})]
+    write_study(place.storage, trials, name="demo@2", data=index.fingerprint)
+    monkeypatch.setattr(confirm, "open_executor", Scripted(steady))
+    told = []
+    with open_confirm("demo@2", place, finalists=1, seeds=1) as plan:
+        list(run_confirm(plan, skip_unreadable=True, say=told.append))
+    assert told == [f"left out, since unreadable: 1 image(s) (training: {lost})"]
 
 
 def test_an_interrupted_confirm_goes_on_and_what_it_left_is_paired(place, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import typer
 from helpers import write_folders
@@ -65,6 +67,40 @@ def test_whole_rounds_are_told_when_it_is_interrupted(images):
     assert [(row.phase, row.rounds) for row in rows] == [("train", 2), ("eval", 2), ("epoch", 2)]
 
 
+def test_a_way_whose_process_was_killed_is_told_and_the_other_goes_on(images):
+    index, data = images
+    told = []
+
+    def progress(_, done, __):
+        if done == 7:  # after the round that warms up
+            stock = min(multiprocessing.active_children(), key=lambda process: process.pid)
+            stock.kill()
+            stock.join()
+
+    rows = list(
+        measure_speed(
+            bench_recipe(VALUES, data), "cpu", data, index, seconds=0.01, rounds=1, progress=progress,
+            say=told.append,
+        )
+    )  # fmt: skip
+    assert told == ["resnet18, stock: its process ended with exit code -9"]
+    assert rows[-1].stock is None and rows[-1].ours > 0 and rows[-1].over_stock is None
+
+
+def test_unreadable_images_can_be_left_out(tmp_path):
+    index = scan(write_folders(tmp_path / "images", images=18))
+    broken = index.root / index.training[0].path
+    broken.write_bytes(b"no image")
+    data = load_search_data(index, 36, tmp_path / "cache", skip_unreadable=True)
+    rows = list(
+        measure_speed(
+            bench_recipe(VALUES, data), "cpu", data, index, seconds=0.01, rounds=1,
+            progress=lambda *_: None,
+        )
+    )  # fmt: skip
+    assert rows[0].stock > 0 and rows[0].ours > 0
+
+
 def test_rows_are_the_medians_of_whole_epochs():
     def timings(*seconds):
         return [Timing(images=10, seconds=value, start=1.0, wait=0.5) for value in seconds]
@@ -77,7 +113,7 @@ def test_rows_are_the_medians_of_whole_epochs():
     recipe = VALUES.model_copy(update={"classes": 3})
     train, evaluation, epoch = _speeds(recipe, "cpu", 3, found, {"train": 20, "eval": 30})
     assert train.stock == 20 / (1 + 4 * 2) and train.ours == 20 / (1 + 2) and train.data_wait_s == 1.0
-    assert evaluation.stock is None and evaluation.over_stock is None  # no memory
+    assert evaluation.stock is None and evaluation.over_stock is None  # its process had ended
     assert evaluation.ours == 30 / (1 + 6) and evaluation.of_floor == (30 / 7) / (30 / 4)
     assert epoch.stock is None and epoch.ours == 50 / (3 + 7) and epoch.data_wait_s == 2.5
 
@@ -172,7 +208,7 @@ def test_the_commands_rows_and_table():
     console = Console(width=150, record=True)
     console.print(speed_table(found, "2 CPU cores"))
     text = console.export_text()
-    for words in ("4.000", "0.800", "no memory", "11.11", "decoding: 400 images", "0.10 s", "2 CPU cores"):
+    for words in ("4.000", "0.800", "not run", "11.11", "decoding: 400 images", "0.10 s", "2 CPU cores"):
         assert words in text
 
 
@@ -193,7 +229,7 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
     place = Place(tmp_path, "sqlite:///unused.db", images[0].root)
     found = bench_study.Measurements()
     with progress_bars() as bars:
-        run_speed(found, None, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", bars)
+        run_speed(found, None, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", False, bars)
     assert [row.ours for row in found.speeds] == [40.0] and found.cache.images == len(images[0].training)
     assert [row.workers for row in found.studies] == [2]
     said = capsys.readouterr().err
