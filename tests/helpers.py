@@ -75,6 +75,14 @@ def eager_worker(connection, config) -> None:
     worker.worker_main(connection, config)
 
 
+def talkative_worker(connection, config) -> None:
+    """A worker that says after every batch where it is; here, where a spawned process can import it."""
+    from caltech_hpo.search import underway, worker
+
+    underway.TELL_EVERY = 0.0
+    worker.worker_main(connection, config)
+
+
 def gated_worker(connection, folder) -> None:
     """Makes epochs up, without torch; all but the first two of them are ready once `folder/go` is there."""
     import itertools

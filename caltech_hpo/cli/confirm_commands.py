@@ -92,12 +92,14 @@ def _announcement(plan: ConfirmPlan) -> str:
 
 
 def _show(view: TrainingsView, event: ConfirmEvent) -> None:
-    from caltech_hpo.results.confirm_events import TrainingEpoch, TrainingStarted
+    from caltech_hpo.results.confirm_events import TrainingEpoch, TrainingStarted, TrainingUnderway
 
     recipe = event.training.recipe
     name = training_name(event.training.trial, recipe)
     if isinstance(event, TrainingStarted):
         view.started(name, recipe.epochs, resumed=event.resumed)
+    elif isinstance(event, TrainingUnderway):
+        view.underway(name, event.epoch, event.images, event.total, recipe.epochs)
     elif isinstance(event, TrainingEpoch):
         view.epoch(name, event.result, recipe.epochs, before=event.before)
     else:

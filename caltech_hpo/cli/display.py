@@ -30,6 +30,7 @@ SHORT = {
     "smallest_area": "area",
 }
 PLAIN_EVERY = 5.0  # seconds between progress lines where there is no terminal
+EPOCH_EVERY = 30.0  # and within an epoch: hundreds of them may follow one another
 
 
 def short_params(params: dict[str, Any]) -> str:
@@ -54,6 +55,11 @@ def duration(seconds: float) -> str:
 def percent(value: float | None) -> str:
     """An accuracy from 0 to 1 with three digits, or a dash."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def underway(epoch: int, epochs: int, images: int, total: int) -> str:
+    """Where an epoch is: "epoch 4/60: 1,024 of 2,892 images"."""
+    return f"epoch {epoch}/{epochs}: {images:,} of {total:,} images"
 
 
 def over(seeds: int) -> str:

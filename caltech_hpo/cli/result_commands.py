@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         FinalEvent,
         RetrainingEpoch,
         RetrainingStarted,
+        RetrainingUnderway,
         Scored,
         ScoringStarted,
     )
@@ -165,12 +166,16 @@ def _shown(events: Iterator[FinalEvent], workers: int, bars: ProgressBars) -> di
     return results
 
 
-def _show(view: TrainingsView, event: RetrainingStarted | RetrainingEpoch | ScoringStarted) -> None:
-    from caltech_hpo.results.retraining import RetrainingEpoch, RetrainingStarted
+def _show(
+    view: TrainingsView, event: RetrainingStarted | RetrainingUnderway | RetrainingEpoch | ScoringStarted
+) -> None:
+    from caltech_hpo.results.retraining import RetrainingEpoch, RetrainingStarted, RetrainingUnderway
 
     plan, name = event.plan, training_name(event.plan.record.number, event.plan.recipe)
     if isinstance(event, RetrainingStarted):
         view.started(name, plan.recipe.epochs, resumed=event.resumed)
+    elif isinstance(event, RetrainingUnderway):
+        view.underway(name, event.epoch, event.images, event.total, plan.recipe.epochs)
     elif isinstance(event, RetrainingEpoch):
         view.epoch(name, event.result, plan.recipe.epochs, before=event.before)
     else:

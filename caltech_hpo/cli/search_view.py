@@ -14,7 +14,14 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from caltech_hpo.cli.display import ProgressBars, duration, percent, short_params
+from caltech_hpo.cli.display import (
+    EPOCH_EVERY,
+    ProgressBars,
+    duration,
+    percent,
+    short_params,
+    underway,
+)
 
 if TYPE_CHECKING:
     from caltech_hpo.search.events import SearchEvent
@@ -33,10 +40,11 @@ class _Row:
     epochs: int
     note: str
     state: str = "running"
-    doing: str = ""  # before the first epoch
+    doing: str = ""  # before the first epoch, and within each
     latest: EpochResult | None = None
     best: float | None = None
     began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)  # when its last line was printed
 
 
 class SearchView:
@@ -86,6 +94,8 @@ class SearchView:
             self._rows[event.number].doing = f"{event.what}: {event.done:,} of {event.total:,}"
             if not self._console.is_terminal:
                 self._lines(event.what, event.done, event.total)
+        elif isinstance(event, events.TrialUnderway):
+            self._underway(event.number, event.epoch, event.images, event.total)
         elif isinstance(event, events.TrialEpoch):
             self._epoch(event.number, event.result, event.best)
         elif isinstance(event, events.TrialEnded):
@@ -101,9 +111,16 @@ class SearchView:
         elif isinstance(event, events.Requeued):
             self._line(f"trial {event.number} never began; its parameters are queued again")
 
+    def _underway(self, number: int, epoch: int, images: int, total: int) -> None:
+        row = self._rows[number]
+        row.doing = underway(epoch, row.epochs, images, total)
+        if time.monotonic() - row.told >= EPOCH_EVERY:
+            row.told = time.monotonic()
+            self._line(f"trial {number} {row.doing}")
+
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]
-        row.latest, row.best, row.doing = result, best, ""
+        row.latest, row.best, row.doing, row.told = result, best, "", time.monotonic()
         self._line(
             f"trial {number} epoch {result.epoch}/{row.epochs}: loss {result.training_loss:.4f}, "
             f"validation {percent(result.validation_top1)} (best of trial {percent(best)}, of study "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from caltech_hpo.cli.display import duration, percent
+from caltech_hpo.cli.display import EPOCH_EVERY, duration, percent, underway
 
 if TYPE_CHECKING:
     from caltech_hpo.spec import EpochResult, Recipe
@@ -46,6 +47,7 @@ class TrainingsView:
             console=console,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, float] = {}  # when a training's last line was printed
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -62,11 +64,21 @@ class TrainingsView:
             self._tasks[name] = self._bars.add_task(name, total=epochs)
         how = "goes on from its checkpoint" if resumed else "starts"
         text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
+        self._told[name] = time.monotonic()
         (self.tell if resumed else self.line)(text)
+
+    def underway(self, name: str, epoch: int, images: int, total: int, epochs: int) -> None:
+        """One of a training's `epochs` has trained so many of its images."""
+        if name in self._tasks:
+            self._bars.update(self._tasks[name], completed=epoch - 1 + images / total)
+        elif time.monotonic() - self._told[name] >= EPOCH_EVERY:
+            self._told[name] = time.monotonic()
+            self.line(f"{name} {underway(epoch, epochs, images, total)}")
 
     def epoch(self, name: str, result: EpochResult, epochs: int, *, before: bool) -> None:
         """One of a training's `epochs` is over; those from `before` its checkpoint get no line."""
         self._epochs_left -= 1
+        self._told[name] = time.monotonic()
         text = f"loss {result.training_loss:.4f}"
         if result.validation_top1 is not None:
             text += f", validation {percent(result.validation_top1)}"

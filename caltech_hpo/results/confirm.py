@@ -19,13 +19,14 @@ from caltech_hpo.results.confirm_events import (
     TrainingEnded,
     TrainingEpoch,
     TrainingStarted,
+    TrainingUnderway,
 )
 from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, Began, require_same_images, searched_data, seeded, train_each
 from caltech_hpo.search.locks import confirm_lock
-from caltech_hpo.search.messages import EpochDone, Job
+from caltech_hpo.search.messages import EpochDone, Job, Underway
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
 from caltech_hpo.search.request import Place, Say, silent
@@ -199,6 +200,8 @@ def train_all(
         training = trainings[event.job]
         if isinstance(event, Began):
             yield TrainingStarted(training, event.resumed)
+        elif isinstance(event, Underway):
+            yield TrainingUnderway(training, event.epoch, event.images, event.total)
         elif isinstance(event, EpochDone):
             yield TrainingEpoch(training, event.result, event.before)
         else:

@@ -25,6 +25,16 @@ class TrainingStarted:
 
 
 @dataclass(frozen=True)
+class TrainingUnderway:
+    """A training: so many `images` of the `total` of this epoch so far."""
+
+    training: Training
+    epoch: int
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TrainingEpoch:
     """An epoch of a training; one from `before` the checkpoint is told again."""
 
@@ -41,4 +51,4 @@ class TrainingEnded:
     run: ConfirmRun
 
 
-ConfirmEvent = TrainingStarted | TrainingEpoch | TrainingEnded
+ConfirmEvent = TrainingStarted | TrainingUnderway | TrainingEpoch | TrainingEnded

@@ -24,7 +24,7 @@ from caltech_hpo.results.model_files import WEIGHTS, has_weights
 from caltech_hpo.results.plan import FinalPlan
 from caltech_hpo.results.trainings import Began, train_each
 from caltech_hpo.search.locks import Check
-from caltech_hpo.search.messages import EpochDone, Job
+from caltech_hpo.search.messages import EpochDone, Job, Underway
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.spec import EpochResult
@@ -43,6 +43,16 @@ class RetrainingStarted:
 
     plan: FinalPlan
     resumed: bool
+
+
+@dataclass(frozen=True)
+class RetrainingUnderway:
+    """It trains: so many `images` of the `total` of this epoch so far."""
+
+    plan: FinalPlan
+    epoch: int
+    images: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,9 @@ class Scored:
     how: Literal["before", "now", "lost", "restored"]
 
 
-FinalEvent = RetrainingPlanned | RetrainingStarted | RetrainingEpoch | ScoringStarted | Scored
+FinalEvent = (
+    RetrainingPlanned | RetrainingStarted | RetrainingUnderway | RetrainingEpoch | ScoringStarted | Scored
+)
 
 
 def run_finals(
@@ -137,6 +149,8 @@ def _trained(
                 if not event.resumed:
                     shutil.rmtree(plan.unfinished, ignore_errors=True)
                 yield RetrainingStarted(plan, event.resumed)
+            elif isinstance(event, Underway):
+                yield RetrainingUnderway(plan, event.epoch, event.images, event.total)
             elif isinstance(event, EpochDone):
                 yield RetrainingEpoch(plan, event.result, event.before)
             else:

@@ -18,6 +18,7 @@ from caltech_hpo.search.messages import (
     Finished,
     Job,
     Paused,
+    Underway,
     WorkerBugError,
     Working,
 )
@@ -99,7 +100,7 @@ def always(_: Sequence[EpochResult]) -> bool:
 def train_each(
     jobs: Sequence[Job], executor: Executor, *, go_on: Callable[[Sequence[EpochResult]], bool] = always,
     progress: Progress | None = None,
-) -> Generator[Began | EpochDone | Trained, None, None]:  # fmt: skip
+) -> Generator[Began | Underway | EpochDone | Trained, None, None]:  # fmt: skip
     """Runs the jobs in their order on all workers; `go_on` is asked after each epoch of one.
 
     One whose worker died goes on from its checkpoint. Raises what `training_failure` makes of one that
@@ -120,6 +121,8 @@ def train_each(
         if isinstance(event, EpochDone):
             one.results.append(event.result)
             executor.answer(event.job, go_on(one.results))
+            yield event
+        elif isinstance(event, Underway):
             yield event
         elif isinstance(event, Working):
             if progress:

@@ -29,6 +29,16 @@ class TrialWorking:
 
 
 @dataclass(frozen=True)
+class TrialUnderway:
+    """A trial trains: so many `images` of the `total` of this epoch so far."""
+
+    number: int
+    epoch: int
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
 class TrialEpoch:
     """An epoch of a trial is in the database."""
 
@@ -81,5 +91,13 @@ class NoRoom:
 
 
 SearchEvent = (
-    TrialStarted | TrialWorking | TrialEpoch | TrialEnded | TrialResumed | TrialPaused | Requeued | NoRoom
+    TrialStarted
+    | TrialWorking
+    | TrialUnderway
+    | TrialEpoch
+    | TrialEnded
+    | TrialResumed
+    | TrialPaused
+    | Requeued
+    | NoRoom
 )

@@ -18,11 +18,11 @@ from caltech_hpo.search.messages import (
     Event,
     Job,
     Measure,
+    Midway,
     Pause,
     Ready,
     Refused,
     WorkerConfig,
-    Working,
 )
 from caltech_hpo.search.spawning import Target, run_worker, spawn
 
@@ -192,7 +192,7 @@ class ProcessExecutor:
         if isinstance(event, Ready):
             worker.ready, worker.losses = True, 0
             return None
-        if not isinstance(event, (EpochDone, Working)):
+        if not isinstance(event, EpochDone | Midway):
             worker.task = None
         return event
 

@@ -10,9 +10,9 @@ from caltech_hpo.search.messages import (
     Event,
     Job,
     Measure,
+    Midway,
     Ready,
     WorkerConfig,
-    Working,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class InlineExecutor:
         assert self._events is not None, "no job"
         event = next(self._events) if self._go_on is None else self._events.send(self._go_on)
         self._go_on = None
-        if not isinstance(event, (EpochDone, Working)):
+        if not isinstance(event, EpochDone | Midway):
             self._events = None
         return event
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from multiprocessing.connection import Connection
 
-from caltech_hpo.search.messages import EpochDone, Job, Measure, Pause
+from caltech_hpo.search.messages import EpochDone, Job, Measure, Pause, Underway
 
 LOOK_EVERY = 0.5  # seconds
 GONE = (EOFError, BrokenPipeError, ConnectionResetError)  # there is no supervisor any more
@@ -54,6 +55,11 @@ class Line:
         answer: bool | Pause = self._connection.recv()
         return answer
 
+    def tell(self, event: Underway) -> None:
+        """Says where a training is. That the supervisor is gone, `interrupted` finds out."""
+        with contextlib.suppress(*GONE):
+            self._connection.send(event)
+
     def interrupted(self) -> bool:
-        """Whether a job shall pause. In mid-epoch nothing else is sent, so whatever has come says so."""
+        """Whether a job shall pause. In mid-epoch nothing else comes, so whatever has come says so."""
         return self._paused or self.terminated.is_set() or self._connection.poll()

@@ -97,6 +97,16 @@ class Working:
 
 
 @dataclass(frozen=True)
+class Underway:
+    """A job trains: so many `images` of the `total` of this epoch so far. Needs no answer."""
+
+    job: int
+    epoch: int
+    images: int
+    total: int
+
+
+@dataclass(frozen=True)
 class EpochDone:
     """An epoch of a job; the worker waits for `answer`. One from `before` the checkpoint is told again."""
 
@@ -148,7 +158,8 @@ class Died:
     exit_code: int
 
 
-Event = Working | EpochDone | Finished | Paused | Measured | Failed | Died
+Midway = Working | Underway  # these need no answer
+Event = Midway | EpochDone | Finished | Paused | Measured | Failed | Died
 
 
 class WorkerBugError(RuntimeError):

@@ -20,9 +20,9 @@ from caltech_hpo.search.messages import (
     Event,
     Job,
     Measure,
+    Midway,
     Ready,
     WorkerConfig,
-    Working,
 )
 from caltech_hpo.search.relay import Files, Relay
 from caltech_hpo.search.request import Cluster
@@ -214,7 +214,7 @@ class RayExecutor:
             return Died(number, NODE_LOST)
         for path, content in files.items():
             write_whole(path, content)
-        if isinstance(event, Working):
+        if isinstance(event, Midway):
             actor.waiting = actor.handle.next_event.remote()
         elif not isinstance(event, EpochDone):
             actor.job = None

@@ -13,9 +13,9 @@ import optuna
 from optuna.trial import TrialState
 
 from caltech_hpo.errors import StorageFullError
-from caltech_hpo.search.events import NoRoom, TrialEnded
+from caltech_hpo.search.events import NoRoom, TrialEnded, TrialUnderway, TrialWorking
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.messages import Ready
+from caltech_hpo.search.messages import Midway, Ready, Working
 from caltech_hpo.search.pruning import divergence, lags
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY
 from caltech_hpo.search.write_through import WriteThroughStorage
@@ -93,14 +93,22 @@ def slowest_epoch(trials: Iterable[optuna.trial.FrozenTrial]) -> float:
 def kill_hung(running: dict[int, Running], executor: Executor, slowest: float) -> None:
     """Kills workers that have been silent for ten epochs; their trials go on in others, at most twice.
 
-    An epoch is the trial's median one; before its first, the `slowest` of the study. While none is known
-    nothing counts as hung: a first epoch may take hours.
+    One that trains speaks every few seconds, and after each batch where a batch takes longer. An epoch is
+    the trial's median one; before its first, the `slowest` of the study. While none is known nothing counts
+    as hung.
     """
     for number, one in running.items():
         usual = statistics.median([r.seconds for r in one.results]) if one.results else slowest
         if usual and time.monotonic() - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
             one.heard = time.monotonic()
             executor.kill(number)
+
+
+def progress_of(event: Midway) -> TrialWorking | TrialUnderway:
+    """What a worker says of its trial between epochs, for the search's caller."""
+    if isinstance(event, Working):
+        return TrialWorking(event.job, event.what, event.done, event.total)
+    return TrialUnderway(event.job, event.epoch, event.images, event.total)
 
 
 def attributes_of(running: Running, ready: Ready, stop_reason: str) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from caltech_hpo.search.events import (
     TrialPaused,
     TrialResumed,
     TrialStarted,
-    TrialWorking,
 )
 from caltech_hpo.search.executors import Executor
-from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Paused, WorkerBugError, Working
+from caltech_hpo.search.messages import Died, EpochDone, Event, Failed, Midway, Paused, WorkerBugError
 from caltech_hpo.search.pruning import report
 from caltech_hpo.search.records import BASELINE_ATTR, EPOCH_KEY, RECIPE_KEY, trial_record
 from caltech_hpo.search.request import never
@@ -32,6 +31,7 @@ from caltech_hpo.search.running import (
     Running,
     give_back,
     kill_hung,
+    progress_of,
     slowest_epoch,
     tell,
     verdict,
@@ -177,8 +177,8 @@ class Supervisor:
         running.heard = time.monotonic()
         if isinstance(event, EpochDone):
             yield self._epoch(running, event.result)
-        elif isinstance(event, Working):
-            yield TrialWorking(event.job, event.what, event.done, event.total)
+        elif isinstance(event, Midway):
+            yield progress_of(event)
         elif isinstance(event, Died):
             yield self._died(running, event)
         elif isinstance(event, Failed):

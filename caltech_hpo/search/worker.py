@@ -30,9 +30,11 @@ from caltech_hpo.search.messages import (
     Paused,
     Ready,
     Refused,
+    Underway,
     WorkerConfig,
     Working,
 )
+from caltech_hpo.search.underway import nobody, telling
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.training.best import BestWeights
 from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint
@@ -111,17 +113,18 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
 
 
 def run_job(
-    job: Job | Measure, context: WorkerContext, interrupted: Callable[[], bool] = never
-) -> Generator[JobEvent, bool, None]:
+    job: Job | Measure, context: WorkerContext, interrupted: Callable[[], bool] = never,
+    tell: Callable[[Underway], None] = nobody,
+) -> Generator[JobEvent, bool, None]:  # fmt: skip
     """Trains one recipe: yields each epoch, is sent whether to go on, ends with Finished, Paused or Failed.
 
     `Working` takes no answer. A Measure ends with Measured or Failed. Once `interrupted` says True, the
-    training stops after its batch, saves where it is, and is Paused.
+    training stops after its batch, saves where it is, and is Paused. In mid-epoch `tell` hears where it is.
     """
     failed: Failed | None = None
     try:
         if isinstance(job, Job):
-            yield from _epochs(job, context, interrupted)
+            yield from _epochs(job, context, interrupted, tell)
         else:
             yield from measure(job, context)
     except CaltechHpoError as error:
@@ -139,7 +142,7 @@ def run_job(
 
 
 def _epochs(
-    job: Job, context: WorkerContext, interrupted: Callable[[], bool]
+    job: Job, context: WorkerContext, interrupted: Callable[[], bool], tell: Callable[[Underway], None]
 ) -> Generator[JobEvent, bool, None]:
     while True:
         prepared = yield from _prepared(job, context)
@@ -151,7 +154,8 @@ def _epochs(
             restore(state, job.recipe, prepared, *found)
         del found  # its tensors keep the file open
         before = list(state.results)
-        results = train(job.recipe, prepared, state, interrupted=interrupted)
+        asked = telling(job.number, state, sum(prepared.training.sizes), interrupted, tell)
+        results = train(job.recipe, prepared, state, interrupted=asked)
         try:
             first = next(results, None)
         except RuntimeError as error:
@@ -246,7 +250,7 @@ def worker_main(connection: Connection, config: WorkerConfig) -> None:
         gc.enable()
         connection.send(context.ready)
         while (job := line.next_job()) is not None:
-            events = run_job(job, context, line.interrupted)
+            events = run_job(job, context, line.interrupted, line.tell)
             event = next(events)
             while isinstance(event, (EpochDone, Working)):
                 if isinstance(event, EpochDone):

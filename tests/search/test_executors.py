@@ -7,13 +7,15 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
-from helpers import eager_worker, gated_worker, write_folders
+from helpers import eager_worker, gated_worker, talkative_worker, write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import CaltechHpoError, UsageError, WeightsError
+from caltech_hpo.search import underway
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import (
@@ -23,6 +25,7 @@ from caltech_hpo.search.messages import (
     Finished,
     Job,
     Paused,
+    Underway,
     WorkerConfig,
     Working,
 )
@@ -45,13 +48,20 @@ def recipe(**changes):
     return Recipe.model_validate(values | changes)
 
 
+def heard(executor):
+    """The next event but those of mid-epoch, of which there are as many as the machine is slow."""
+    while isinstance(event := executor.next_event(), Underway):
+        pass
+    return event
+
+
 def play(executor, job, stop_after=99):
     """Submits a job and answers its epochs; returns all events."""
     executor.submit(job)
-    events = [executor.next_event()]
+    events = [heard(executor)]
     while isinstance(events[-1], EpochDone):
         executor.answer(job.number, len(events) < stop_after)
-        events.append(executor.next_event())
+        events.append(heard(executor))
     return events
 
 
@@ -85,6 +95,35 @@ def test_inline_and_processes_train_alike(config, tmp_path):
             assert executor.free == 1
     finally:
         local.close()
+
+
+def test_in_mid_epoch_a_worker_says_where_it_is(config):
+    """Of each epoch anew; its training is that of one that says nothing."""
+    executor = ProcessExecutor(config, 1, target=talkative_worker)
+    try:
+        executor.submit(Job(0, recipe(epochs=2)))
+        events = [executor.next_event()]
+        while not isinstance(events[-1], Finished):
+            if isinstance(events[-1], EpochDone):
+                executor.answer(0, True)
+            events.append(executor.next_event())
+    finally:
+        executor.close()
+    told = [(event.epoch, event.images, event.total) for event in events if isinstance(event, Underway)]
+    # after each of three batches, and while the validation images are scored
+    assert {(epoch, images, 9) for epoch in (1, 2) for images in (3, 6, 9)} <= set(told)
+    assert told == sorted(told) and scores(events) == scores(play(InlineExecutor(config), Job(0, recipe())))
+
+
+def test_an_epoch_that_is_fast_tells_of_itself(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(underway.time, "monotonic", lambda: now[0])
+    state, told = SimpleNamespace(epoch=1, images=0), []
+    asked = underway.telling(7, state, 10, lambda: state.images == 10, told.append)
+    for epoch, images, passed in ((1, 5, 1.5), (2, 5, 1.5), (2, 9, 1.5), (2, 10, 1.5)):
+        state.epoch, state.images, now[0] = epoch, images, now[0] + passed
+        assert asked() == (images == 10)
+    assert told == [Underway(7, 2, 10, 10)]
 
 
 @pytest.fixture
@@ -140,11 +179,11 @@ def test_a_worker_that_never_becomes_ready_ends_the_search(gated):
 
 def settled(executor):
     """All events until the job's last, answered with "go on"."""
-    events = [executor.next_event()]
+    events = [heard(executor)]
     while isinstance(events[-1], (EpochDone, Working)):
         if isinstance(events[-1], EpochDone):
             executor.answer(events[-1].job, True)
-        events.append(executor.next_event())
+        events.append(heard(executor))
     return events
 
 
@@ -198,7 +237,7 @@ def test_a_job_goes_on_from_its_checkpoint(config, alone, tmp_path):
 def submitted(executor, job):
     """Submits a job and waits for its first epoch; a worker that was asked to end may have ended by now."""
     executor.submit(job)
-    event = executor.next_event()
+    event = heard(executor)
     if isinstance(event, Died):
         return submitted(executor, job)
     assert isinstance(event, EpochDone)
@@ -222,7 +261,9 @@ def test_a_worker_that_gets_no_answer_to_an_epoch_saves_it(config, alone, tmp_pa
 
     def vanish():
         ours.recv()  # ready
-        told.append(ours.recv())
+        while isinstance(event := ours.recv(), Underway):
+            pass
+        told.append(event)
         if how == "dies":
             ours.close()
         else:

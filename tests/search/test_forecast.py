@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from io import StringIO
 
 import pytest
@@ -16,7 +17,13 @@ from caltech_hpo.cli.trainings_view import TrainingsView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
 from caltech_hpo.ranges import Choices, IntRange
 from caltech_hpo.search.costs import Costs
-from caltech_hpo.search.events import TrialEnded, TrialEpoch, TrialResumed, TrialStarted
+from caltech_hpo.search.events import (
+    TrialEnded,
+    TrialEpoch,
+    TrialResumed,
+    TrialStarted,
+    TrialUnderway,
+)
 from caltech_hpo.search.forecast import Forecaster, draw
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.request import Cluster, sharing
@@ -318,6 +325,32 @@ def test_a_file_gets_its_answer_while_bars_are_shown(monkeypatch, capsys):
         options.answer([{"model": "alexnet"}], True, "")
     assert json.loads(capsys.readouterr().out) == [{"model": "alexnet"}]
     assert "alexnet" not in terminal.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
+    """On a terminal always; elsewhere in a line now and then."""
+    console = Console(file=StringIO(), width=200, force_terminal=terminal)
+    searching = SearchView(console, "demo", 1, [], None)
+    retraining = TrainingsView(console, ["trial 0 seed 1"], 3, workers=1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    searching.handle(TrialStarted(0, {}, 3, ""))
+    retraining.started("trial 0 seed 1", 3, resumed=False)
+    for passed, images in ((29, 100), (31, 250), (40, 300), (62, 1500)):
+        monkeypatch.setattr(time, "monotonic", lambda passed=passed: now + passed)
+        searching.handle(TrialUnderway(0, 1, images, 2000))
+        retraining.underway("trial 0 seed 1", 1, images, 2000, 3)
+    written = console.file.getvalue()
+    if terminal:
+        console.print(searching._render())
+        assert "epoch 1/3: 1,500 of 2,000 images" in console.file.getvalue() and written == ""
+        assert retraining._bars.tasks[0].completed == 0.75
+    else:
+        assert [line for line in written.splitlines() if "starts" not in line] == [
+            f"trial 0{seed} epoch 1/3: {images} of 2,000 images"
+            for images in ("250", "1,500") for seed in ("", " seed 1")
+        ]  # fmt: skip
 
 
 def test_epochs_that_are_told_again_get_no_line():

@@ -19,8 +19,21 @@ from caltech_hpo.search.events import (
     TrialPaused,
     TrialResumed,
     TrialStarted,
+    TrialUnderway,
+    TrialWorking,
 )
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Paused, Ready, WorkerBugError
+from caltech_hpo.search.messages import (
+    Died,
+    EpochDone,
+    Failed,
+    Finished,
+    Midway,
+    Paused,
+    Ready,
+    Underway,
+    WorkerBugError,
+    Working,
+)
 from caltech_hpo.search.records import best_record, finished_count, trial_records
 from caltech_hpo.search.running import kill_hung
 from caltech_hpo.search.space import Binding, suggest
@@ -79,7 +92,7 @@ class Scripted:
         event = Finished(number) if number in self.stopped else next(script)
         if self.paused and isinstance(event, EpochDone):
             event = Paused(number)
-        if isinstance(event, EpochDone):
+        if isinstance(event, EpochDone | Midway):
             self.events[number] = script  # to the end of the line
         return event
 
@@ -469,6 +482,24 @@ def test_a_silent_worker_is_killed_and_its_trial_goes_on(storage, monkeypatch):
     study, events = supervise(storage, executor, 2)
     assert study.trials[1].state == TrialState.COMPLETE and len(study.trials) == 2
     assert sum(isinstance(event, TrialResumed) for event in events) == 2
+
+
+def test_a_worker_that_speaks_in_mid_epoch_is_not_silent_and_its_caller_hears_it(storage):
+    heard = []
+
+    def script(job):
+        yield Working(job.number, "features", 1, 2)
+        one = run._running[job.number]
+        one.heard = -1.0  # long ago
+        yield Underway(job.number, 1, 5, 10)
+        heard.append(one.heard)
+        yield from steady(job)
+
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    run = Supervisor(*hold(study, storage), SPEC, Scripted(script), BINDING, baselines=False)
+    events = [event for event in run.run(1) if isinstance(event, (TrialWorking, TrialUnderway))]
+    assert events == [TrialWorking(0, "features", 1, 2), TrialUnderway(0, 1, 5, 10)]
+    assert heard[0] > 0
 
 
 def test_while_no_epochs_time_is_known_no_worker_counts_as_hung(monkeypatch):
