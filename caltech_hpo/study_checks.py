@@ -66,6 +66,7 @@ def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list
         ("nesterov", "sgd" in values("optimizer"), 'the optimizer is never "sgd"'),
         ("smallest_area", resized, "the augmentation is never a random resized crop"),
         ("init", recipe.weights == "none", f'weights = "{recipe.weights}"'),
+        ("head_lr_factor", values("freeze") != {"classifier"}, 'freeze = "classifier" freezes the head'),
         ("frozen_blocks", not all_frozen, 'freeze = "features" freezes all blocks'),
     ]
     found = [

@@ -243,6 +243,8 @@ def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
         ({"init": "kaiming"}, {}, []),
         ({"weights": "imagenet"}, {"init": ("default", "kaiming")}, ["space.init"]),
         ({}, {"frozen_blocks": (0, 2)}, ["space.frozen_blocks"]),
+        ({"weights": "imagenet", "freeze": "classifier", "head_lr_factor": 9}, {}, ["recipe.head_lr_factor"]),
+        ({"weights": "imagenet", "head_lr_factor": 9}, {"freeze": ("classifier", "features")}, []),
     ],
 )
 def test_what_no_trial_would_use_is_named(fixed, searched, found):

@@ -96,7 +96,7 @@ def _cells(one: StudySummary) -> list[str]:
         else "-",
         "not run" if not one.in_database else percent(one.best_validation),
         percent(one.confirmed.mean) + over(one.confirmed.seeds) if one.confirmed else "not run",
-        percent(one.test.top1) + over(one.test.seeds) if one.test else "not run",
+        percent(one.test.top1) + over(one.test.seeds) + one.test.leak_words if one.test else "not run",
         f"{one.test_uses} x",
         str(one.complete + one.pruned),
     ]

@@ -124,9 +124,10 @@ def open_confirm(
         before, stored = requests(storage, name), runs(storage, name)
         earlier = before[0].seeds if before else ()
         known = {run.configuration for run in stored}
+        among = {one.configuration for one in chosen}
         kept = [
             one for one in (before[0].finalists if before else ())
-            if one.configuration in known and one not in chosen and _is_that(one, recipes.get(one.trial))
+            if one.configuration in known - among and _is_that(one, recipes.get(one.trial))
         ]  # fmt: skip
         if kept:
             say(f"confirmed before, and still in the ranking: trials {', '.join(str(k.trial) for k in kept)}")

@@ -93,7 +93,7 @@ def score_text(score: FinalScore) -> str:
     fitted = "" if score.fit_on == "train" else f", fitted on {score.fit_on}"
     return (
         f"{score.top1:.3f} ({score.low:.3f} to {score.high:.3f}), {count(score.seeds, 'seed')}, "
-        f"trial {score.trial}{fitted}"
+        f"trial {score.trial}{fitted}{score.leak_words}"
     )
 
 
@@ -121,10 +121,7 @@ def facts(study: StudyOverview) -> list[tuple[str, str]]:
     if study.began:
         period = f"{study.began:%Y-%m-%d %H:%M}"
         period += f" to {study.ended:%Y-%m-%d %H:%M}" if study.ended else ", still running"
-    scored = [
-        f"{score_text(score)}, mean per class {score.mean_per_class:.3f}{score.leak_words}"
-        for score in study.scores
-    ]
+    scored = [f"{score_text(score)}, mean per class {score.mean_per_class:.3f}" for score in study.scores]
     again = [f"again because: {reason}" for reason in made.test_reasons]
     return [
         ("trials", f"{made.complete} complete, {made.pruned} pruned, {made.failed} failed"),

@@ -14,7 +14,7 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.results import ledger
 from caltech_hpo.results.confirm import confirmed
 from caltech_hpo.results.ledger import FinalResult, ScoreRow
-from caltech_hpo.results.model_files import has_weights
+from caltech_hpo.results.model_files import has_weights, kept_folder
 from caltech_hpo.results.ranking import Confirmation
 from caltech_hpo.results.trainings import searched_data, seeded
 from caltech_hpo.search.records import TrialRecord, best_record, trial_records
@@ -76,6 +76,10 @@ def plan_finals(
         keep_published(name, place, record, folder)
     family = ledger.family_scores(place.storage, name)
     stored = [stored_score(family, recipe) for recipe in recipes]
+    folders = [
+        folder if score is None else scored_folder(score, place)
+        for folder, score in zip(folders, stored, strict=True)
+    ]
     index = None
     if None in stored:
         check_again(name, family, record.number, recipes[0].configuration, reason)
@@ -148,6 +152,11 @@ def final_recipe(record: TrialRecord, fit_on: FitOn) -> Recipe:
 def stored_score(rows: Sequence[ScoreRow], recipe: Recipe) -> FinalResult | None:
     """The score that was taken of this recipe, if one was; `rows` are NAME's and all NAME@2's."""
     return next((row.result for row in rows if row.recipe_hash == recipe.hash), None)
+
+
+def scored_folder(score: FinalResult, place: Place) -> Path:
+    """Where the model of a score is, or was: a score of NAME may be NAME@2's, whose trials are other ones."""
+    return kept_folder(score.model, place.models) or place.models / Path(score.model).parent.name
 
 
 def check_again(

@@ -46,16 +46,19 @@ def reported(results: Sequence[EpochResult], epochs: int, compare_at: str) -> di
     the percent of the trial's own schedule that its epochs have reached; at the percents between two
     epochs the earlier one's accuracy counts, and before the first epoch's end none, so that no trial is
     compared with what another one reached later. With more than 100 epochs some reach no new percent and
-    add nothing.
+    add nothing: the best of them and of the next epoch that does counts there.
     """
-    epoch, accuracy = results[-1].epoch, results[-1].validation_top1 or 0.0
+    epoch, accuracies = results[-1].epoch, [result.validation_top1 or 0.0 for result in results]
     if compare_at == "epoch":
-        return {epoch: accuracy}
+        return {epoch: accuracies[-1]}
     before, now = (PERCENT * count // epochs for count in (epoch - 1, epoch))
     if now == before:
         return {}
-    between = dict.fromkeys(range(before + 1, now), results[-2].validation_top1 or 0.0) if epoch > 1 else {}
-    return between | {now: accuracy}
+    if epochs <= PERCENT:
+        between = dict.fromkeys(range(before + 1, now), accuracies[-2]) if epoch > 1 else {}
+        return between | {now: accuracies[-1]}
+    last = -(-before * epochs // PERCENT)  # the epoch that reached the percent before
+    return {now: max(accuracies[last:])}
 
 
 def report(

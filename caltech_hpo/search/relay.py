@@ -115,12 +115,15 @@ class Relay:
             return {}
         found = {}
         for path in (self._job.checkpoint, self._job.keep):
-            here = None if path is None else self._of_job(path)
-            if path is None or here is None or not here.exists() or self._sent.get(path) == _stamp(here):
+            if path is None:
                 continue
-            self._sent[path] = _stamp(here)
-            with contextlib.suppress(FileNotFoundError):  # replaced in this instant: with the next event
-                found[path] = here.read_bytes()
+            here = self._of_job(path)
+            # not there yet, or replaced in this instant: then with the next event
+            with contextlib.suppress(FileNotFoundError):
+                stamp = _stamp(here)
+                if self._sent.get(path) != stamp:
+                    found[path] = here.read_bytes()
+                    self._sent[path] = stamp
         return found
 
 

@@ -25,6 +25,9 @@ REPEATS_ATTR = "repeats_trial"
 LAGGING = "lagging"
 MOST_DEATHS = 3  # of workers that one training may cost
 HUNG_EPOCHS, HUNG_AT_LEAST = 10, 300.0  # silence: in epochs, and in seconds
+LOOK_EVERY = 1.0  # seconds between looks for hung workers
+# Seconds after which nobody could have been heard: the search waited for room on the disk, or was suspended.
+DEAF = 30.0
 ROOM_EVERY = 10.0  # seconds between looks for room on the disk
 UNBEGUN = "interrupted: its search ended before it began"
 
@@ -90,18 +93,33 @@ def slowest_epoch(trials: Iterable[optuna.trial.FrozenTrial]) -> float:
     return max(seconds, default=0.0)
 
 
-def kill_hung(running: dict[int, Running], executor: Executor, slowest: float) -> None:
+class HungWatch:
     """Kills workers that have been silent for ten epochs; their trials go on in others, at most twice.
 
-    One that trains speaks every few seconds, and after each batch where a batch takes longer. An epoch is
-    the trial's median one; before its first, the `slowest` of the study. While none is known nothing counts
-    as hung.
+    One that trains speaks every few seconds, and after each batch where a batch takes longer.
     """
-    for number, one in running.items():
-        usual = statistics.median([r.seconds for r in one.results]) if one.results else slowest
-        if usual and time.monotonic() - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
-            one.heard = time.monotonic()
-            executor.kill(number)
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self._looked = executor, time.monotonic()
+
+    def look(self, running: dict[int, Running], slowest: float) -> None:
+        """Once a second; to be called whenever an event was handled, and while none comes.
+
+        An epoch is the trial's median one; before its first, the `slowest` of the study. While none is known
+        nothing counts as hung.
+        """
+        now = time.monotonic()
+        since = now - self._looked
+        if since < LOOK_EVERY:
+            return
+        self._looked = now
+        for number, one in running.items():
+            usual = statistics.median([r.seconds for r in one.results]) if one.results else slowest
+            if since > DEAF:
+                one.heard = now
+            elif usual and now - one.heard > max(HUNG_AT_LEAST, HUNG_EPOCHS * usual):
+                one.heard = now
+                self._executor.kill(number)
 
 
 def progress_of(event: Midway) -> TrialWorking | TrialUnderway:

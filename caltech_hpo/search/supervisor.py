@@ -28,9 +28,9 @@ from caltech_hpo.search.request import never
 from caltech_hpo.search.rows import HandTunedRows
 from caltech_hpo.search.running import (
     MOST_DEATHS,
+    HungWatch,
     Running,
     give_back,
-    kill_hung,
     progress_of,
     slowest_epoch,
     tell,
@@ -66,6 +66,7 @@ class Supervisor:
         self._study, self._storage, self._spec = study, storage, spec
         self._executor, self._binding, self._pruning = executor, binding, pruning
         self._running: dict[int, Running] = {}
+        self._watch = HungWatch(executor)
         self._orphans: list[int] = []
         self._failures = 0
         trials = study.get_trials(deepcopy=False)
@@ -107,8 +108,7 @@ class Supervisor:
                     return
                 if event := self._executor.next_event(LOOK_EVERY):
                     told += self._handle(event)
-                else:
-                    kill_hung(self._running, self._executor, self._slowest)
+                self._watch.look(self._running, self._slowest)
         finally:
             self._storage.flush()
             self._files.settle()

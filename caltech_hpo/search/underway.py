@@ -11,7 +11,10 @@ from caltech_hpo.search.messages import Underway
 if TYPE_CHECKING:
     from caltech_hpo.training.state import TrainingState
 
-TELL_EVERY = 2.0  # seconds; an epoch that is faster tells of itself
+TELL_EVERY = 5.0  # seconds; an epoch that is faster tells of itself
+# Parts of what an epoch has taken: hours of it are a few hundred messages, so that a worker whose
+# supervisor reads nothing (it may wait for room on the disk) never waits for it in mid-epoch.
+PARTS = 50
 
 
 def nobody(event: Underway) -> None:
@@ -24,16 +27,17 @@ def telling(
 ) -> Callable[[], bool]:  # fmt: skip
     """The same as `interrupted`, which a training asks after every batch; tells where it is now and then.
 
-    `total` is how many images an epoch trains on.
+    `total` is how many images an epoch trains on. What is returned keeps the state alive.
     """
-    told, epoch = time.monotonic(), state.epoch
+    epoch = state.epoch
+    began = told = time.monotonic()
 
     def asked() -> bool:
-        nonlocal told, epoch
+        nonlocal epoch, began, told
         now = time.monotonic()
         if state.epoch != epoch:  # whose end was told
-            told, epoch = now, state.epoch
-        elif now - told >= TELL_EVERY:
+            epoch, began, told = state.epoch, now, now
+        elif now - told >= max(TELL_EVERY, (now - began) / PARTS):
             told = now
             tell(Underway(job, epoch, state.images, total))
         return interrupted()

@@ -34,7 +34,7 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
-from caltech_hpo.search.underway import nobody, telling
+from caltech_hpo.search.underway import TELL_EVERY, nobody, telling
 from caltech_hpo.spec import EpochResult
 from caltech_hpo.training.best import BestWeights
 from caltech_hpo.training.checkpoint import load_checkpoint, save_checkpoint
@@ -166,7 +166,7 @@ def _epochs(
             new = itertools.chain([first] if first else [], results)
             yield from _report(job, context, prepared, state, before, new)
             return
-        del prepared, state, results  # they and the next ones would not fit together
+        del prepared, state, results, asked  # they and the next ones would not fit together
         release_freed_memory(context.device)
 
 
@@ -176,12 +176,14 @@ def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Pre
     validation: Split | None = context.validation
     if job.recipe.fit_on == "train+val":
         training, validation = Split(training.parts + context.validation.parts), None
-    prepared, shown = None, -1
+    prepared, shown, told = None, ("", -1), 0.0
     for step in prepare(job.recipe, training, validation, context.device, features=context.features):
         if isinstance(step, Prepared):
             prepared = step
-        elif (share := PROGRESS_STEPS * step[1] // step[2]) != shown:
-            shown = share
+        elif (now := (step[0], PROGRESS_STEPS * step[1] // step[2])) != shown or (
+            time.monotonic() - told >= TELL_EVERY
+        ):
+            shown, told = now, time.monotonic()
             yield Working(job.number, *step)
     assert prepared is not None, "prepare ends with it"
     return context.memory.fit(job.recipe, prepared)

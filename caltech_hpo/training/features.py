@@ -7,6 +7,7 @@ image), they are computed once, and only what follows the prefix is trained, on 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from caltech_hpo.data.batches import BatchPlan, Images
@@ -35,6 +36,7 @@ from caltech_hpo.training.timm_models import timm_version
 # more slowly than an early, cheap prefix computes it.
 MOST_BYTES = 300 * 1024
 CHUNK = 64  # images at a time, the same for every recipe
+WAIT = 5.0  # seconds between two words of a worker that waits for another's features
 # (what is being done, how many are done, how many there are)
 Step = tuple[str, int, int]
 
@@ -113,7 +115,13 @@ def _compute(
     temporary = file.with_suffix(".tmp")
     what = f"features of the {label} images" + (", mirrored" if flipped else "")
     source = ImageSource(images, BatchPlan(CHUNK, plan.crop, plan.normalization, plan.device))
-    with FileLock(file.with_suffix(".lock")):
+    lock = FileLock(file.with_suffix(".lock"))
+    while True:  # not silently: whoever says nothing for long counts as hung
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=WAIT)
+            break
+        yield f"waiting for the {what}, which another worker computes", 0, len(images)
+    try:
         if stored_features(file) is not None:
             return
         try:
@@ -138,6 +146,8 @@ def _compute(
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def _rows(

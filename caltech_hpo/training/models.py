@@ -54,7 +54,8 @@ def build_model(
             kaiming(model, model.get_submodule(architecture_info(architecture).head))
     if weights != NO_WEIGHTS:
         state, source = read_weights(architecture, weights)
-        load_backbone(model, state, architecture_info(architecture).head, source)
+        layout = "timm" if architecture == LITE0 or architecture.startswith(TIMM) else "torchvision"
+        load_backbone(model, state, architecture_info(architecture).head, source, layout)
     if dropout is None and architecture.startswith(TIMM):
         dropout = own_dropout(architecture) or None
     if dropout is not None:
@@ -168,8 +169,13 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_backbone(model: nn.Module, state: dict[str, Tensor], head: str, source: str) -> None:
-    """Copies everything but the head. Raises WeightsError naming what is missing or of another shape."""
+def load_backbone(
+    model: nn.Module, state: dict[str, Tensor], head: str, source: str, layout: str = "torchvision"
+) -> None:  # fmt: skip
+    """Copies everything but the head. Raises WeightsError naming what is missing or of another shape.
+
+    `layout` is the library that the architecture comes from.
+    """
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{head}.")}
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [
@@ -181,7 +187,7 @@ def load_backbone(model: nn.Module, state: dict[str, Tensor], head: str, source:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(
             f"{source}: not weights of this architecture: {'; '.join(problems[:3])}{more}",
-            "give weights in torchvision's layout of the study's architecture",
+            f"give weights in {layout}'s layout of the study's architecture",
         )
     model.load_state_dict({name: state[name] for name in own}, strict=False)
 

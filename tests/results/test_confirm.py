@@ -254,6 +254,14 @@ def test_more_finalists_and_seeds_use_what_is_there(place, monkeypatch):
     assert confirmed(place.storage, "demo") == made  # until it has a whole seed, the one before stands
 
 
+def test_a_configuration_that_was_searched_twice_is_one_finalist(place, monkeypatch):
+    go(place, monkeypatch)
+    write_study(place.storage, [([0.95], params(0.01))], data=scan(place.data).fingerprint)
+    jobs, _ = go(place, monkeypatch, finalists=1, seeds=3)
+    assert sorted((job.recipe.learning_rate, job.recipe.seed) for job in jobs) == [(0.01, 3), (0.02, 3)]
+    assert [one.trial for one in confirmed(place.storage, "demo").finalists] == [1, 3]
+
+
 def test_a_later_best_trial_competes_with_who_was_confirmed_before(place, monkeypatch):
     go(place, monkeypatch)
     write_study(place.storage, [([0.95], params(0.005))], data=scan(place.data).fingerprint)

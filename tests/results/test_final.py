@@ -238,8 +238,13 @@ def test_a_repetition_of_a_study_scores_no_recipe_again(place):
     data = scan(place.data).fingerprint
     write_study(place.storage, [([0.1, 0.9], SHORT)], data=data, name="demo@2")
     (repeated,) = plan_finals("demo@2", place)
-    assert repeated.recipe == plan.recipe and repeated.stored == scored and take(repeated) == scored
+    assert repeated.recipe == plan.recipe and repeated.stored == scored
+    assert take(repeated, "before") == scored and repeated.folder == plan.folder  # nothing is lost
     assert len(ledger.family_scores(place.storage, "demo")) == 1
+    (row,) = (row for row in make_report("demo@2", place).rows if row.trial is not None)
+    assert (row.test_accuracy, row.test_seeds) == (scored.test_accuracy, 1)
+    shutil.rmtree(plan.folder)
+    assert take(plan_finals("demo@2", place)[0], "lost") == scored
 
 
 def test_other_unreadable_images_than_the_search_had_are_refused(place):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -120,10 +122,20 @@ def test_an_epoch_that_is_fast_tells_of_itself(monkeypatch):
     monkeypatch.setattr(underway.time, "monotonic", lambda: now[0])
     state, told = SimpleNamespace(epoch=1, images=0), []
     asked = underway.telling(7, state, 10, lambda: state.images == 10, told.append)
-    for epoch, images, passed in ((1, 5, 1.5), (2, 5, 1.5), (2, 9, 1.5), (2, 10, 1.5)):
+    for epoch, images, passed in ((1, 5, 3.0), (2, 5, 3.0), (2, 9, 3.0), (2, 10, 3.0)):
         state.epoch, state.images, now[0] = epoch, images, now[0] + passed
         assert asked() == (images == 10)
     assert told == [Underway(7, 2, 10, 10)]
+
+
+def test_an_endless_epoch_does_not_fill_the_pipe(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(underway.time, "monotonic", lambda: now[0])
+    asked = underway.telling(7, SimpleNamespace(epoch=1, images=3), 10, lambda: False, told.append)
+    for _ in range(2 * 24 * 3600):
+        now[0] += 1.0
+        asked()
+    assert 300 < len(told) < 500 and len(told) * len(pickle.dumps(told[0])) < 100_000
 
 
 @pytest.fixture
@@ -338,10 +350,12 @@ def test_memory_that_runs_out_is_an_outcome(config, monkeypatch):
 
     from caltech_hpo.search import worker
 
-    tried = []
+    tried, states = [], []
 
-    def exhausted(_, prepared, *args, **options):
+    def exhausted(_, prepared, state, **options):
+        assert not any(earlier() for earlier in states)  # its memory is what this attempt needs
         tried.append(prepared.micro_batch)
+        states.append(weakref.ref(state))
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         yield
 

@@ -116,6 +116,8 @@ def test_a_complete_trial_has_every_percent_that_it_reached_and_nothing_of_later
         ([0.1], 1, "fraction", {100: 0.1}),
         ([0.1], 200, "fraction", {}),
         ([0.1, 0.2], 200, "fraction", {1: 0.2}),
+        ([0.9, 0.3, 0.2, 0.1], 200, "fraction", {2: 0.2}),
+        ([0.9, 0.1, 0.4, 0.3, 0.2], 250, "fraction", {2: 0.3}),
     ],
 )
 def test_what_an_epoch_adds(results, epochs, compare_at, steps):

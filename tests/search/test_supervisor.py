@@ -35,7 +35,6 @@ from caltech_hpo.search.messages import (
     Working,
 )
 from caltech_hpo.search.records import best_record, finished_count, trial_records
-from caltech_hpo.search.running import kill_hung
 from caltech_hpo.search.space import Binding, suggest
 from caltech_hpo.search.storage import open_storage, open_study
 from caltech_hpo.search.supervisor import Supervisor
@@ -476,6 +475,7 @@ class Silent(Scripted):
 def test_a_silent_worker_is_killed_and_its_trial_goes_on(storage, monkeypatch):
     monkeypatch.setattr(running, "HUNG_AT_LEAST", 0.01)
     monkeypatch.setattr(running, "HUNG_EPOCHS", 0.001)
+    monkeypatch.setattr(running, "LOOK_EVERY", 0.0)
     supervise(storage, Scripted(), 1)  # an earlier search, from which an epoch's time is known
     executor = Silent(bursts=False)
     executor.killed = set()
@@ -502,15 +502,28 @@ def test_a_worker_that_speaks_in_mid_epoch_is_not_silent_and_its_caller_hears_it
     assert heard[0] > 0
 
 
-def test_while_no_epochs_time_is_known_no_worker_counts_as_hung(monkeypatch):
-    monkeypatch.setattr(running, "HUNG_AT_LEAST", 0.0)
-    silent = SimpleNamespace(results=[], heard=0.0)
+@pytest.mark.parametrize(
+    ("slowest", "away", "killed"),
+    [
+        (0.001, 5.0, {0}),
+        (0.0, 5.0, set()),  # while no epoch's time is known nothing counts as hung
+        (0.001, 3600.0, set()),  # the search itself was held up: nobody could have been heard
+        (0.001, 0.5, set()),
+    ],
+)
+def test_who_is_silent_is_looked_at_by_the_clock(monkeypatch, slowest, away, killed):
+    now = 1000.0
+    monkeypatch.setattr(running.time, "monotonic", lambda: now)
+    monkeypatch.setattr(running, "HUNG_AT_LEAST", 2.0)
     executor = Silent(bursts=False)
     executor.killed = set()
-    kill_hung({0: silent}, executor, slowest=0.0)
-    assert executor.killed == set()
-    kill_hung({0: silent}, executor, slowest=0.001)
-    assert executor.killed == {0}
+    watch = running.HungWatch(executor)
+    trials = {0: SimpleNamespace(results=[], heard=now - 1), 1: SimpleNamespace(results=[], heard=now + away)}
+    now += away
+    watch.look(trials, slowest)
+    assert executor.killed == killed
+    watch.look(trials, slowest)  # at once: it looks no more than once a second
+    assert executor.killed == killed
 
 
 def test_a_worker_that_was_asked_to_end_leaves_its_trial_to_another(storage):

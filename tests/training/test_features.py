@@ -162,6 +162,21 @@ def test_an_interrupted_computation_leaves_nothing(data, tmp_path):
     assert len(run(recipe(epochs=1), data, tmp_path)[1]) == 1
 
 
+def test_who_waits_for_anothers_features_says_so(data, tmp_path, monkeypatch):
+    """In silence it would count as hung."""
+    monkeypatch.setattr(features_module, "WAIT", 0.01)
+    first = prepare(recipe(), *data, CPU, features=tmp_path)
+    next(first)  # the lock is its own until it is done
+    second = prepare(recipe(), *data, CPU, features=tmp_path)
+    said = [next(second), next(second)]
+    assert said == 2 * [
+        ("waiting for the features of the training images, which another worker computes", 0, 18)
+    ]
+    *_, one = first
+    *_, other = second
+    assert torch.equal(one.training.views[0], other.training.views[0])
+
+
 def test_a_full_disk_is_an_error_that_says_so(data, tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
