@@ -198,8 +198,8 @@ def run_speed(
 
     found_device = resolve_device(device)
     device, on_gpu = str(found_device), found_device.type == "cuda"
-    searched = ON_A_GPU if on_gpu and study is None else ""
-    counts = worker_counts(workers if workers is not None else searched)
+    usual = ON_A_GPU if on_gpu and study is None else ""
+    counts = worker_counts(workers if workers is not None else usual)
     index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))
     rounds = rounds or (ROUNDS_ON_A_GPU if on_gpu else ROUNDS)
     for recipe in values:
@@ -215,10 +215,14 @@ def run_speed(
             say(speed_line(measured.speeds[-1]))
     measured.cache = measure_cache(index, values[0].resize, place.cache, bars)
     place = replace(place, data=index.root)  # found once: the studies have homes of their own
+    searched = load_study(STUDY)  # trials of one batch size, so that the numbers of workers compare
+    space = {name: dimension for name, dimension in searched.space.items() if name != "batch_size"}
+    searched = searched.model_copy(update={"space": space, "baselines": ()})
     for count in counts:
         request = SearchRequest(
-            STUDY, TRIALS, workers=count, device=device, baselines=False, skip_unreadable=skip_unreadable
-        )
+            STUDY, TRIALS, workers=count, device=device, baselines=False, skip_unreadable=skip_unreadable,
+            spec=searched,
+        )  # fmt: skip
         try:
             measured.studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
         except (CaltechHpoError, RuntimeError) as error:  # the other numbers are measured all the same

@@ -19,7 +19,10 @@ DECODED = 1000
 
 @dataclass(frozen=True)
 class StudySpeed:
-    """A study searched with so many `workers`, for `seconds` or until it had its trials."""
+    """A study searched with so many `workers`, for `seconds` or until it had its trials.
+
+    `trials` ended in that time, `epochs` were trained.
+    """
 
     study: str
     workers: int
@@ -30,9 +33,10 @@ class StudySpeed:
 
 
 def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
-    """Searches in a database of its own, deleted afterwards; the time begins when the workers are ready.
+    """Searches in a database of its own, deleted afterwards, and leaves no checkpoints.
 
-    `place.data` must say where the images are: a home of its own has none.
+    The time begins when every worker has trained an epoch (cuDNN tries its algorithms in the first one), and
+    with it the counts. `place.data` must say where the images are: a home of its own has none.
     """
     from caltech_hpo.search.events import TrialEnded, TrialEpoch
     from caltech_hpo.search.run import open_search
@@ -41,14 +45,21 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
     place.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.cache) as name:
         own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
-        with open_search(request, own) as opened:
+        with open_search(replace(request, checkpoints=False), own) as opened:
             begin = time.perf_counter()
-            epochs = finished = 0
+            epochs = ended = finished = 0
+            warm: set[int] = set()  # trials; each worker's first is among the first so many
             for event in opened.events:
-                epochs += isinstance(event, TrialEpoch)
+                if isinstance(event, TrialEpoch) and len(warm) < opened.workers:
+                    warm.add(event.number)
+                    if len(warm) == opened.workers:
+                        begin, epochs, finished = time.perf_counter(), 0, 0
+                else:
+                    epochs += isinstance(event, TrialEpoch)
                 finished += isinstance(event, TrialEnded)
-                progress(f"{request.study}, {opened.workers} workers: trials", finished, request.trials)
-                if time.perf_counter() - begin > seconds:
+                ended += isinstance(event, TrialEnded)
+                progress(f"{request.study}, {opened.workers} workers: trials", ended, request.trials)
+                if time.perf_counter() - begin > seconds and len(warm) == opened.workers:
                     break
             taken = time.perf_counter() - begin
             return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)

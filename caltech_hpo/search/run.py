@@ -166,7 +166,8 @@ def _run(
         forecaster = forecaster_for(executor, spec, records, data, request, workers, progress)
         supervisor = Supervisor(
             study, held_storage, spec, executor, binding, baselines=request.baselines,
-            pruning=request.pruning, checkpoints=place.checkpoints / request.study,
+            pruning=request.pruning,
+            checkpoints=place.checkpoints / request.study if request.checkpoints else None,
             models=place.best_weights,
             trial_seconds=None if request.trial_minutes is None else request.trial_minutes * 60,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from caltech_hpo.training.state import begin
 from caltech_hpo.training.system_memory import is_out_of_memory, keep_freed_memory, memory_share
 
 LOADER_WORKERS = 4
+LOADER_ROUNDS = 4  # that a measurement on a GPU takes at most, a batch for each worker in one
 
 Way = Literal["stock", "ours"]
 Phase = Literal["train", "eval", "floor train", "floor eval"]
@@ -107,24 +108,31 @@ class Stock:
         self._batch_seconds: dict[Phase, float] = {}  # of the latest measurement: what fits into the next
 
     def measure(self, phase: Phase, seconds: float) -> Timing:
-        """A whole epoch over as many images as fit into `seconds`, and at least a few batches."""
+        """A whole epoch over as many images as fit into `seconds`, and at least a few batches.
+
+        On a GPU it is the workers that a step waits for, and they decode a batch each at a time: there it is
+        an epoch of whole rounds of them, of which every one takes the same time.
+        """
         training = phase == "train"
         recipe = self._task.recipe
         files = self._task.training if training else self._task.validation
         self._warm_up(training=training)
+        on_gpu = self._device.type == "cuda"
         fitting = int(seconds / self._batch_seconds[phase]) if phase in self._batch_seconds else 0
-        count = max(FEWEST_BATCHES, fitting) * recipe.batch_size
+        batches = LOADER_ROUNDS * LOADER_WORKERS if on_gpu else max(FEWEST_BATCHES, fitting)
+        count = batches * recipe.batch_size
         loader = DataLoader(
             StockImages(files[:count], stock_transform(recipe, training=training)), recipe.batch_size,
-            shuffle=training, num_workers=LOADER_WORKERS, pin_memory=self._device.type == "cuda",
+            shuffle=training, num_workers=LOADER_WORKERS, pin_memory=on_gpu,
             # What a script gets, Linux forks: in this process, which was spawned, the default is to spawn.
             multiprocessing_context=multiprocessing.get_all_start_methods()[0],
         )  # fmt: skip
         self._model.train(training)
         with torch.set_grad_enabled(training):
             timing = timed(iter(loader), self._train if training else self._evaluate, self._device)
-        self._batch_seconds[phase] = (timing.start + timing.seconds) * recipe.batch_size / timing.images
-        return timing
+        whole = timing.start + timing.seconds
+        self._batch_seconds[phase] = whole * recipe.batch_size / timing.images
+        return replace(timing, seconds=whole, start=0.0) if on_gpu else timing
 
     def _warm_up(self, *, training: bool) -> None:
         """A step that is not timed: a process that was idle is slow at first."""
@@ -166,6 +174,7 @@ class Ours:
         if self._device.type == "cuda":  # every shape once: the first meeting takes seconds
             for way in (True, False):
                 self._steps(way, self._epoch(training=way))
+            self._make_room()
 
     def _epoch(self, *, training: bool) -> Iterator[Batch]:
         assert self._prepared.validation is not None, "the bench has both splits"
@@ -184,7 +193,13 @@ class Ours:
         self._steps(training, [one])
         limited = Limited(batches, seconds, self._device)
         self._steps(training, limited)
+        self._make_room()
         return limited.timing()
+
+    def _make_room(self) -> None:
+        """For stock, which shares the GPU: what was only tried is given back."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _steps(self, training: bool, batches: Iterable[Batch]) -> None:
         if training:

@@ -99,6 +99,13 @@ class CudaConv2d(nn.Conv2d):
         return functional.relu(output) if self.rectifies else output
 
 
+def fuse_again(model: nn.Module) -> None:
+    """Lets cuDNN be asked once more, where it may have refused for lack of memory."""
+    for module in model.modules():
+        if isinstance(module, CudaConv2d):
+            module.fusing = True
+
+
 class _ConvolutionReLU(torch.autograd.Function):
     """Convolution, bias and ReLU in one kernel: torch computes three, each a pass over the memory."""
 

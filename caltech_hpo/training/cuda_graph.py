@@ -56,7 +56,7 @@ class StepGraph:
         with contextlib.suppress(torch.OutOfMemoryError):  # then it goes on as it is
             # recording computes nothing: it is the replay that makes this step
             with (
-                torch.cuda.device(inputs.device), _rates_from(self._optimizer, self._rates),
+                torch.cuda.device(inputs.device), _rates_from(self._optimizer, self._rates), _nothing_tried(),
                 torch.cuda.graph(graph, stream=stream),
             ):  # fmt: skip
                 self._step(self._inputs, self._labels)
@@ -65,6 +65,20 @@ class StepGraph:
         self._plain_steps = float("inf")
         del graph, self._inputs, self._labels
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _nothing_tried() -> Iterator[None]:
+    """cuDNN takes the algorithms that it knows: trying others waits for the GPU, which ends a recording.
+
+    It would where their memory is short, in place of saying so.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.spec import Recipe
+from caltech_hpo.training.convolutions import fuse_again
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
@@ -170,6 +171,9 @@ class MicroBatches:
                     taken = torch.cuda.max_memory_allocated(self._device) - before
                     del loss
                 del held
+        except RuntimeError:
+            fuse_again(prepared.runs)
+            raise
         finally:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)  # what was only tried is no training's peak

@@ -77,6 +77,8 @@ def keep_freed_memory(device: torch.device) -> None:
 def release_freed_memory(device: torch.device) -> None:
     """Gives back to the system what no tensor uses."""
     if device.type == "cuda":
+        # Those of a recorded graph's stream outlive it (torch 2.11): one of each training would stay.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     else:
         with contextlib.suppress(AttributeError, TypeError):

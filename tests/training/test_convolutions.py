@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from caltech_hpo.training.convolutions import CudaConv2d, Passed, choose_convolutions, space_to_depth
+from caltech_hpo.training.convolutions import (
+    CudaConv2d,
+    Passed,
+    choose_convolutions,
+    fuse_again,
+    space_to_depth,
+)
+from caltech_hpo.training.device import try_algorithms
 from caltech_hpo.training.models import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -102,7 +109,9 @@ def test_on_a_gpu_outputs_and_gradients_agree_with_float32(architecture):
             output = model(images)
         output.float().square().mean().backward()
         first = next(p for p in model.parameters() if p.dim() == 4)
-        assert not chosen or all(m.fusing for m in model.modules() if isinstance(m, CudaConv2d))
+        # of fewer channels than tensor cores take, cuDNN may refuse to fuse: then it goes on without
+        ours = [m for m in model.modules() if isinstance(m, CudaConv2d) and m.in_channels >= 8]
+        assert not chosen or all(m.fusing for m in ours)
         return output.detach().float(), first.grad
 
     def apart(one, other):
@@ -124,19 +133,39 @@ def test_where_cudnn_refuses_to_fuse_it_goes_on_without(monkeypatch):
     with torch.autocast("cuda", torch.bfloat16):
         output = model(torch.randn(2, 3, 8, 8, device=GPU))
     assert (output >= 0).all() and not model[0].fusing
+    fuse_again(model)
+    assert model[0].fusing
 
 
 @pytest.mark.gpu
-def test_what_was_in_the_outputs_memory_does_not_matter():
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "size"),
+    [
+        (16, 32, 3, 32),
+        (48, 64, 3, 57),
+        (64, 192, 5, 27),
+        (256, 256, 3, 13),
+        (64, 64, 3, 224),
+        (512, 512, 3, 14),
+    ],
+)
+def test_what_was_in_the_outputs_memory_does_not_matter(channels, outputs, kernel, size, tried):
     """torch hands cuDNN the output as a summand of factor 0: NaN times 0 would be NaN."""
-    images = torch.randn(64, 16, 32, 32, device=GPU).contiguous(memory_format=torch.channels_last)
-    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()).to(GPU)
-    plain = model(images)
+    images = torch.randn(64, channels, size, size, device=GPU, dtype=torch.bfloat16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(channels, outputs, kernel, padding=kernel // 2), nn.ReLU()).to(GPU)
+    plain = model.to(memory_format=torch.channels_last)(images.float())
     choose_convolutions(model, "alexnet", GPU, "bf16")
-    for _ in range(3):
-        dirty = torch.full((64, 32, 32, 32), torch.nan, device=GPU, dtype=torch.bfloat16)
-        del dirty  # the allocator gives its memory to the output
-        with torch.autocast("cuda", torch.bfloat16):
+    try_algorithms(wanted=tried)
+    reused = 0
+    for _ in range(20):
+        # the allocator gives the memory of one of these to the output
+        dirty = [torch.full_like(plain, torch.nan, dtype=torch.bfloat16) for _ in range(8)]
+        places = {one.data_ptr() for one in dirty}
+        del dirty
+        with torch.autocast("cuda", torch.bfloat16), torch.inference_mode():
             output = model(images)
-        assert torch.allclose(output.float(), plain, atol=0.05)
-    assert model[0].fusing
+        reused += output.data_ptr() in places
+        assert torch.allclose(output.float(), plain, atol=0.05, rtol=0.02)
+    assert model[0].fusing and reused

@@ -11,7 +11,7 @@ from helpers import write_folders
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
-from caltech_hpo.training.cuda_graph import PLAIN_STEPS, _rates_from
+from caltech_hpo.training.cuda_graph import PLAIN_STEPS, _nothing_tried, _rates_from
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import step_graph, train, train_batches
 from caltech_hpo.training.memory import MicroBatches, _kind, with_micro_batch
@@ -128,3 +128,10 @@ def test_while_recording_the_rates_are_tensors(kind):
         assert [group["lr"] for group in optimizer.param_groups] == rates
         assert all(group.get("capturable", True) for group in optimizer.param_groups)
     assert [dict(group) for group in optimizer.param_groups] == before
+
+
+def test_while_recording_cudnn_tries_nothing(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with _nothing_tried():
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
