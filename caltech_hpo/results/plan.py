@@ -76,8 +76,8 @@ def plan_finals(
         keep_published(name, place, record, folder)
     family = ledger.family_scores(place.storage, name)
     stored = [stored_score(family, recipe) for recipe in recipes]
-    folders = [
-        folder if score is None else scored_folder(score, place)
+    folders = [  # NAME may have been scored by NAME@2, whose trials have other numbers
+        folder if score is None or score.study == name else scored_folder(score, place)
         for folder, score in zip(folders, stored, strict=True)
     ]
     index = None
@@ -155,7 +155,7 @@ def stored_score(rows: Sequence[ScoreRow], recipe: Recipe) -> FinalResult | None
 
 
 def scored_folder(score: FinalResult, place: Place) -> Path:
-    """Where the model of a score is, or was: a score of NAME may be NAME@2's, whose trials are other ones."""
+    """Where the model of another study's score is, or was."""
     return kept_folder(score.model, place.models) or place.models / Path(score.model).parent.name
 
 
