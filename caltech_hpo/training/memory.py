@@ -36,15 +36,20 @@ def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
     parameters = {id(parameter) for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         root: Any = tensor if tensor._base is None else tensor._base
         if id(root) not in parameters:
             kept[id(root)] = root
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(_: None) -> Tensor:
+        raise AssertionError("there is no backward pass")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         model(inputs)
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values() if tensor is not inputs)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in kept.values() if tensor is not inputs)
+    # They know the graph, which knows `pack`, which knows them: nobody would ever free that circle.
+    kept.clear()
+    return total
 
 
 def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
