@@ -59,10 +59,12 @@ def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list
         return name in space or getattr(recipe, name) != Hyperparameters.model_fields[name].default
 
     steps, resized = "step" in values("schedule"), any("resized" in name for name in values("augmentation"))
+    stepping = min(values("step_size")) < max(values("epochs"))
+    too_late = "no trial has more epochs than step_size"
     all_frozen = values("freeze") == {"features"}
     rules = [
-        ("step_size", steps, 'the schedule is never "step"'),
-        ("gamma", steps, 'the schedule is never "step"'),
+        ("step_size", steps and stepping, too_late if steps else 'the schedule is never "step"'),
+        ("gamma", steps and stepping, too_late if steps else 'the schedule is never "step"'),
         ("nesterov", "sgd" in values("optimizer"), 'the optimizer is never "sgd"'),
         ("smallest_area", resized, "the augmentation is never a random resized crop"),
         ("init", recipe.weights == "none", f'weights = "{recipe.weights}"'),

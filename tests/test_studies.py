@@ -243,6 +243,8 @@ def test_a_space_with_impossible_points_is_refused(tmp_path, space, word):
         ({"init": "kaiming"}, {}, []),
         ({"weights": "imagenet"}, {"init": ("default", "kaiming")}, ["space.init"]),
         ({}, {"frozen_blocks": (0, 2)}, ["space.frozen_blocks"]),
+        ({"step_size": 5}, {"epochs": (2, 5), "gamma": (0.1, 0.5)}, ["recipe.step_size", "space.gamma"]),
+        ({"step_size": 5}, {"epochs": (2, 6), "gamma": (0.1, 0.5)}, []),
         ({"weights": "imagenet", "freeze": "classifier", "head_lr_factor": 9}, {}, ["recipe.head_lr_factor"]),
         ({"weights": "imagenet", "head_lr_factor": 9}, {"freeze": ("classifier", "features")}, []),
     ],

@@ -190,7 +190,7 @@ def run_speed(
     from caltech_hpo.data.dataset import scan
     from caltech_hpo.data.loading import load_search_data
     from caltech_hpo.search.bench import bench_recipe, fitting_batch_size, measure_speed
-    from caltech_hpo.search.bench_study import measure_cache, measure_study
+    from caltech_hpo.search.bench_study import measure_cache, measure_study, of_one_batch_size
     from caltech_hpo.search.request import SearchRequest
     from caltech_hpo.search.run import locate_data
     from caltech_hpo.study_files import load_study
@@ -198,6 +198,11 @@ def run_speed(
 
     found_device = resolve_device(device)
     device, on_gpu = str(found_device), found_device.type == "cuda"
+    if workers is not None and study is not None:
+        raise UsageError(
+            f"--workers and --study together: what --workers measures is {STUDY}, on its data",
+            "give one of the two",
+        )
     usual = ON_A_GPU if on_gpu and study is None else ""
     counts = worker_counts(workers if workers is not None else usual)
     index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))
@@ -215,13 +220,10 @@ def run_speed(
             say(speed_line(measured.speeds[-1]))
     measured.cache = measure_cache(index, values[0].resize, place.cache, bars)
     place = replace(place, data=index.root)  # found once: the studies have homes of their own
-    searched = load_study(STUDY)  # trials of one batch size, so that the numbers of workers compare
-    space = {name: dimension for name, dimension in searched.space.items() if name != "batch_size"}
-    searched = searched.model_copy(update={"space": space, "baselines": ()})
     for count in counts:
         request = SearchRequest(
             STUDY, TRIALS, workers=count, device=device, baselines=False, skip_unreadable=skip_unreadable,
-            spec=searched,
+            spec=of_one_batch_size(STUDY),
         )  # fmt: skip
         try:
             measured.studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))

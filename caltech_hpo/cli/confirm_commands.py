@@ -97,7 +97,7 @@ def _show(view: TrainingsView, event: ConfirmEvent) -> None:
     recipe = event.training.recipe
     name = training_name(event.training.trial, recipe)
     if isinstance(event, TrainingStarted):
-        view.started(name, recipe.epochs, resumed=event.resumed)
+        view.started(name, recipe.epochs, resumed=event.resumed, lost=event.lost)
     elif isinstance(event, TrainingUnderway):
         view.underway(name, event.epoch, event.images, event.total, recipe.epochs)
     elif isinstance(event, TrainingEpoch):

@@ -77,7 +77,7 @@ def replay_table(made: Replay) -> RenderableType:
     """A line for each pruner, and what the figures rest on."""
     columns = ("pruner", "at", "pruned", "epochs saved", "time saved", "winner", "best left", "regret")
     table = table_of(
-        columns, [_cells(row) for row in made.pruners], left=("pruner", "at", "winner"),
+        columns, [_cells(row, made.winner) for row in made.pruners], left=("pruner", "at", "winner"),
         title=f"study {made.study}: what each pruner would have saved",
     )  # fmt: skip
     won = f"winner: trial {made.winner}, validation {percent(made.winner_value)}"
@@ -95,8 +95,10 @@ def replay_table(made: Replay) -> RenderableType:
     return Group(table, *(escape(line) for line in lines))
 
 
-def _cells(row: PrunerReplay) -> list[str]:
+def _cells(row: PrunerReplay, winner: int | None) -> list[str]:
     lost = "kept" if row.winner_pruned_at is None else f"lost at epoch {row.winner_pruned_at}"
+    if winner is None:
+        lost = "-"
     return [
         pruner_text(row.pruner), row.pruner.compare_at, str(row.trials_pruned),
         f"{row.epochs_saved:,} ({row.share_saved:.0%})", duration(row.seconds_saved), lost,

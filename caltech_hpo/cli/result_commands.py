@@ -173,7 +173,7 @@ def _show(
 
     plan, name = event.plan, training_name(event.plan.record.number, event.plan.recipe)
     if isinstance(event, RetrainingStarted):
-        view.started(name, plan.recipe.epochs, resumed=event.resumed)
+        view.started(name, plan.recipe.epochs, resumed=event.resumed, lost=event.lost)
     elif isinstance(event, RetrainingUnderway):
         view.underway(name, event.epoch, event.images, event.total, plan.recipe.epochs)
     elif isinstance(event, RetrainingEpoch):

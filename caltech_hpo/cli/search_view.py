@@ -104,8 +104,9 @@ class SearchView:
             self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
             self._line(f"trial {event.number} goes on: {event.done} of {event.epochs} epochs were recorded")
         elif isinstance(event, events.TrialPaused):
-            self._rows[event.number].state = "paused"
-            self._line(f"trial {event.number} is paused")
+            late = "" if event.saved else ", too slow to be saved: it goes on from its last checkpoint"
+            self._rows[event.number].state = f"paused{late}"
+            self._line(f"trial {event.number} is paused{late}")
         elif isinstance(event, events.NoRoom):
             self._line(f"{event.message}: the search waits for it")
         elif isinstance(event, events.Requeued):

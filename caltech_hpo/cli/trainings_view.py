@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from caltech_hpo.spec import EpochResult, Recipe
 
 
+SPEED_OVER = 3600.0  # seconds; the time left would jump with each epoch's validation
 RECENT = 20  # epochs that the time left is foretold with: the machine may have been slower before
 
 
@@ -44,7 +45,7 @@ class TrainingsView:
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console,
+            console=console, speed_estimate_period=SPEED_OVER,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, float] = {}  # when a training's last line was printed
@@ -58,19 +59,23 @@ class TrainingsView:
         with self._bars:
             yield
 
-    def started(self, name: str, epochs: int, *, resumed: bool) -> None:
-        """A training begins, or goes on."""
-        if self._console.is_terminal:
+    def started(self, name: str, epochs: int, *, resumed: bool, lost: bool = False) -> None:
+        """A training begins, or goes on; `lost`: since its worker was killed."""
+        if self._console.is_terminal and not lost:
             self._tasks[name] = self._bars.add_task(name, total=epochs)
         how = "goes on from its checkpoint" if resumed else "starts"
         text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
+        if lost:
+            how = "goes on from its checkpoint" if resumed else "begins anew"
+            text = f"{name}: its worker was killed; it {how}"
         self._told[name] = time.monotonic()
-        (self.tell if resumed else self.line)(text)
+        (self.tell if resumed or lost else self.line)(text)
 
     def underway(self, name: str, epoch: int, images: int, total: int, epochs: int) -> None:
         """One of a training's `epochs` has trained so many of its images."""
         if name in self._tasks:
-            self._bars.update(self._tasks[name], completed=epoch - 1 + images / total)
+            # the epoch is over when its validation images are scored
+            self._bars.update(self._tasks[name], completed=epoch - 1 + min(images / total, 0.99))
         elif time.monotonic() - self._told[name] >= EPOCH_EVERY:
             self._told[name] = time.monotonic()
             self.line(f"{name} {underway(epoch, epochs, images, total)}")

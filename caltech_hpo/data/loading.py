@@ -9,7 +9,7 @@ from pathlib import Path
 from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache, read_index
 from caltech_hpo.data.dataset import DatasetIndex, Sample
 from caltech_hpo.data.decode import Pixels
-from caltech_hpo.errors import DataError
+from caltech_hpo.errors import DataError, UnreadableImagesError
 
 MOST_NAMED = 3  # unreadable images, in a message
 WITHOUT = "-without"  # in a fingerprint, before how many images could not be read
@@ -71,13 +71,17 @@ def load_search_data(
     if subset is not None:
         parts = {name: thin(samples, subset) for name, samples in parts.items()}
         fingerprint = f"{fingerprint}-smoke{subset}"
-    caches = {
-        name: build_cache(
-            index.root, samples, resize, cache, label=name,
-            skip_unreadable=skip_unreadable, progress=progress,
-        )
-        for name, samples in parts.items()
-    }  # fmt: skip
+    caches, faults = {}, []
+    for name, samples in parts.items():
+        try:
+            caches[name] = build_cache(
+                index.root, samples, resize, cache, label=name,
+                skip_unreadable=skip_unreadable, progress=progress,
+            )  # fmt: skip
+        except UnreadableImagesError as error:  # whoever mends one split wants to know of the other
+            faults.append(error)
+    if faults:
+        raise UnreadableImagesError("\n".join(fault.message for fault in faults), faults[0].fix)
     left_out = sum(len(read_index(path)["unreadable"]) for path in caches.values())
     if left_out:
         _check_coverage(index, parts["training"], caches)

@@ -200,7 +200,7 @@ def train_all(
     for event in train_each(jobs, executor, go_on=_goes_on, progress=progress):
         training = trainings[event.job]
         if isinstance(event, Began):
-            yield TrainingStarted(training, event.resumed)
+            yield TrainingStarted(training, event.resumed, event.lost)
         elif isinstance(event, Underway):
             yield TrainingUnderway(training, event.epoch, event.images, event.total)
         elif isinstance(event, EpochDone):

@@ -18,10 +18,14 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """A worker has begun a training; `resumed`: from a checkpoint, the epochs before it come again."""
+    """A worker has begun a training; `resumed`: from a checkpoint, the epochs before it come again.
+
+    `lost`: it had begun before, but its worker was killed.
+    """
 
     training: Training
     resumed: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)

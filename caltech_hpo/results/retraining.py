@@ -39,10 +39,14 @@ class RetrainingPlanned:
 
 @dataclass(frozen=True)
 class RetrainingStarted:
-    """A worker trains the plan's recipe; `resumed`: from a checkpoint, the epochs before it come again."""
+    """A worker trains the plan's recipe; `resumed`: from a checkpoint, the epochs before it come again.
+
+    `lost`: it had begun, but its worker was killed.
+    """
 
     plan: FinalPlan
     resumed: bool
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _trained(
             if isinstance(event, Began):
                 if not event.resumed:
                     shutil.rmtree(plan.unfinished, ignore_errors=True)
-                yield RetrainingStarted(plan, event.resumed)
+                yield RetrainingStarted(plan, event.resumed, event.lost)
             elif isinstance(event, Underway):
                 yield RetrainingUnderway(plan, event.epoch, event.images, event.total)
             elif isinstance(event, EpochDone):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY = 1.0  # seconds
 RETRY_AFTER = 30.0  # seconds, where somebody else searches the study
-PATIENCE = 30.0  # seconds that a search has to pause
+PATIENCE = 100.0  # seconds that a search has to pause, and its workers to end
 LOCKED = "is running"  # in the message of a search that finds its study held
 STORAGE_EXIT = 4
 

@@ -71,10 +71,14 @@ def require_same_images(recipe: Recipe, data: SearchData, index: DatasetIndex) -
 
 @dataclass(frozen=True)
 class Began:
-    """A worker has a job; `resumed`: it goes on from a checkpoint, the epochs before it come again."""
+    """A worker has a job; `resumed`: it goes on from a checkpoint, the epochs before it come again.
+
+    `lost`: the job had begun, but its worker was killed.
+    """
 
     job: int
     resumed: bool
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,7 @@ def train_each(
         while waiting and executor.free:
             job = waiting.pop(0)
             running[job.number] = _Running(job)
-            resumed = job.checkpoint is not None and (
-                job.checkpoint.exists() or previous(job.checkpoint).exists()
-            )
-            yield Began(job.number, resumed)
+            yield Began(job.number, _has_checkpoint(job))
             executor.submit(job)
         event = executor.next_event()
         one = running[event.job]
@@ -132,9 +133,14 @@ def train_each(
             yield Trained(event.job, tuple(one.results))
         elif isinstance(event, (Died, Paused)) and one.deaths + 1 < MOST_DEATHS:
             one.deaths += 1
+            yield Began(event.job, _has_checkpoint(one.job), lost=True)
             executor.submit(replace(one.job, known=len(one.results)))
         elif isinstance(event, (Failed, Died, Paused)):
             raise training_failure(event)
+
+
+def _has_checkpoint(job: Job) -> bool:
+    return job.checkpoint is not None and (job.checkpoint.exists() or previous(job.checkpoint).exists())
 
 
 def training_failure(event: Failed | Died | Paused) -> Exception:
@@ -147,4 +153,7 @@ def training_failure(event: Failed | Died | Paused) -> Exception:
         )
     if event.kind == "bug":
         return WorkerBugError(event.message)
-    return CaltechHpoError(f"training failed: {event.kind}: {event.message}", "mend that and run it again")
+    fix = "mend that and run it again"
+    if event.kind == "out of memory":
+        fix = "use fewer --workers, or end what else takes memory, then run it again: it goes on"
+    return CaltechHpoError(f"training failed: {event.kind}: {event.message}", fix)

@@ -13,8 +13,11 @@ from caltech_hpo.data.decode import usable_cores
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.search.bench import Progress, Speed
 from caltech_hpo.search.request import Place, SearchRequest
+from caltech_hpo.spec import StudySpec
+from caltech_hpo.study_files import load_study
 
 DECODED = 1000
+WARMING = 15  # times the seconds that are measured: what the first epochs may take
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,13 @@ class StudySpeed:
     epochs: int
     seconds: float
     device: str
+
+
+def of_one_batch_size(study: str) -> StudySpec:
+    """The study without hand-tuned rows, its trials of one batch size: numbers of workers compare."""
+    spec = load_study(study)
+    space = {name: dimension for name, dimension in spec.space.items() if name != "batch_size"}
+    return spec.model_copy(update={"space": space, "baselines": ()})
 
 
 def measure_study(request: SearchRequest, place: Place, *, seconds: float, progress: Progress) -> StudySpeed:
@@ -59,7 +69,8 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
                 finished += isinstance(event, TrialEnded)
                 ended += isinstance(event, TrialEnded)
                 progress(f"{request.study}, {opened.workers} workers: trials", ended, request.trials)
-                if time.perf_counter() - begin > seconds and len(warm) == opened.workers:
+                taken = time.perf_counter() - begin
+                if taken > (seconds if len(warm) == opened.workers else WARMING * seconds):
                     break
             taken = time.perf_counter() - begin
             return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)

@@ -78,9 +78,13 @@ class TrialResumed:
 
 @dataclass(frozen=True)
 class TrialPaused:
-    """A trial is left where it is; a worker that is free later, or the next search, goes on with it."""
+    """A trial is left where it is; a worker that is free later, or the next search, goes on with it.
+
+    Not `saved`: its worker had no time to, and it will go on from an earlier checkpoint.
+    """
 
     number: int
+    saved: bool = True
 
 
 @dataclass(frozen=True)

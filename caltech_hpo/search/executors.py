@@ -31,7 +31,7 @@ TOO_MANY_LOSSES = (
     f"a worker was killed {ATTEMPTS} times before it was ready",
     "mostly that is for lack of memory: use fewer --workers, then run again",
 )
-CLOSING = 15.0  # seconds that a worker has to save where its job is
+CLOSING = 45.0  # seconds that a worker has to save where its job is
 
 
 class Executor(Protocol):

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from caltech_hpo.search.costs import Costs
-from caltech_hpo.search.events import SearchEvent, TrialEnded, TrialEpoch, TrialResumed, TrialStarted
+from caltech_hpo.search.events import (
+    SearchEvent,
+    TrialEnded,
+    TrialEpoch,
+    TrialResumed,
+    TrialStarted,
+    TrialUnderway,
+)
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.space import suggest
 from caltech_hpo.spec import Hyperparameters, StudySpec
@@ -45,12 +52,16 @@ class Forecast:
 
 @dataclass
 class _Trial:
-    """One that runs or will run; `number` is None as long as it has none of its own."""
+    """One that runs or will run; `number` is None as long as it has none of its own.
+
+    `done` of its epochs are over, and `part` of the next one, 0 to 1.
+    """
 
     values: Hyperparameters
     params: dict[str, Any]
     number: int | None = None
     done: int = 0
+    part: float = 0.0
     baseline: str = ""
 
     @property
@@ -58,8 +69,9 @@ class _Trial:
         return kind_of(self.values)
 
     @property
-    def left(self) -> int:
-        return max(0, self.values.epochs - self.done)
+    def left(self) -> float:
+        """Epochs, and what is left of the one that runs."""
+        return max(0.0, self.values.epochs - self.done - self.part)
 
 
 class Forecaster:
@@ -126,8 +138,10 @@ class Forecaster:
             self._running[event.number] = trial
         elif isinstance(event, TrialEpoch):
             trial = self._running[event.number]
-            trial.done = event.result.epoch
+            trial.done, trial.part = event.result.epoch, 0.0
             self._costs.seen.setdefault(trial.kind, []).append(event.result.seconds)
+        elif isinstance(event, TrialUnderway):
+            self._running[event.number].part = event.images / event.total
         elif isinstance(event, TrialEnded):
             trial = self._running.pop(event.number)
             if event.state in ("complete", "pruned"):

@@ -47,7 +47,7 @@ FAILURES_IN_A_ROW = 3
 # most LATEST. Workers are answered without waiting for it.
 BURST, LATEST = 0.002, 0.1  # seconds
 LOOK_EVERY = 0.2  # seconds between looks at whether to stop
-PATIENCE = 15.0  # seconds that running trials have to pause
+PATIENCE = 45.0  # seconds that running trials have to pause: a batch, and a gigabyte to be written
 DEATHS_KEY = "caltech_hpo:worker_deaths"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -62,8 +62,7 @@ class Supervisor:
     ) -> None:  # fmt: skip
         """`checkpoints` is the folder of running trials' (None: none), `models` for the best trial's weights.
         A trial ends with its first epoch after `trial_seconds`."""
-        self._trial_seconds = trial_seconds
-        self._study, self._storage, self._spec = study, storage, spec
+        self._study, self._storage, self._spec, self._trial_seconds = study, storage, spec, trial_seconds
         self._executor, self._binding, self._pruning = executor, binding, pruning
         self._running: dict[int, Running] = {}
         self._watch = HungWatch(executor)
@@ -105,6 +104,7 @@ class Supervisor:
                 # Nothing runs and no worker is free: all of a cluster's machines are being replaced.
                 left = self._running or not (paused_at or self._executor.free)
                 if not left or (paused_at and time.monotonic() - paused_at > PATIENCE):
+                    yield from (TrialPaused(number, saved=False) for number in self._running)
                     return
                 if event := self._executor.next_event(LOOK_EVERY):
                     told += self._handle(event)

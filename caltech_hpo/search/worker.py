@@ -156,6 +156,7 @@ def _epochs(
         before = list(state.results)
         asked = telling(job.number, state, sum(prepared.training.sizes), interrupted, tell)
         results = train(job.recipe, prepared, state, interrupted=asked)
+        began = time.monotonic()
         try:
             first = next(results, None)
         except RuntimeError as error:
@@ -164,7 +165,7 @@ def _epochs(
                 raise
         else:
             new = itertools.chain([first] if first else [], results)
-            yield from _report(job, context, prepared, state, before, new)
+            yield from _report(job, context, prepared, state, before, new, began)
             return
         del prepared, state, results, asked  # they and the next ones would not fit together
         release_freed_memory(context.device)
@@ -191,10 +192,10 @@ def _prepared(job: Job, context: WorkerContext) -> Generator[JobEvent, bool, Pre
 
 def _report(
     job: Job, context: WorkerContext, prepared: Prepared, state: TrainingState, before: list[EpochResult],
-    results: Iterable[EpochResult],
+    results: Iterable[EpochResult], saved: float,
 ) -> Generator[JobEvent, bool, None]:  # fmt: skip
     """Yields the epochs that are not known, stops when told to; those `before` come from the checkpoint."""
-    saved, every = time.monotonic(), CHECKPOINT_EVERY
+    every = CHECKPOINT_EVERY
     for new, result in itertools.chain(((False, r) for r in before), ((True, r) for r in results)):
         if state.best and new:
             state.best.offer(changing(prepared.model), result, last=result.epoch == job.recipe.epochs)

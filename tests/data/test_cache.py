@@ -153,6 +153,16 @@ def test_a_subset_without_a_class_may_leave_images_out(tmp_path):
     assert len(data.open_training()) == 3 and len(data.open_validation()) == 2
 
 
+def test_what_is_unreadable_is_named_of_both_splits_at_once(folders, tmp_path):
+    index = scan(folders)
+    broken = [index.training[0].path, index.validation[0].path]
+    for path in broken:
+        (index.root / path).write_bytes(b"no image")
+    with pytest.raises(UnreadableImagesError) as raised:
+        load_search_data(scan(folders), 32, tmp_path)
+    assert all(path in str(raised.value) for path in broken) and str(raised.value).count("fix:") == 1
+
+
 def test_a_class_whose_training_images_are_all_unreadable_is_refused(folders, tmp_path):
     index = scan(folders)
     for sample in index.training:

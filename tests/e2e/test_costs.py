@@ -48,6 +48,7 @@ def test_bench_of_searching(folder):
     [
         (["bench", "--model", "nonsense"], "there is no architecture 'nonsense'"),
         (["bench", "--study", "demo", "--model", "alexnet"], "--study and --model together"),
+        (["bench", "--study", "demo", "--workers", "1"], "--workers and --study together"),
         (["bench", "--workers", "1,x"], "--workers 1,x: not whole numbers above 0"),
         (["plan", "--study", "nonsense"], "nonsense"),
         (["search", "--study", "demo", "--memory", "0"], "memory"),

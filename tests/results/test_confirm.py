@@ -291,7 +291,7 @@ def test_a_training_that_diverges_is_stopped_and_counts(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("event", "words"),
-    [(Failed(1, "out of memory", "20 GiB"), "out of memory: 20 GiB"), (Died(1, -9), "exit code -9")],
+    [(Failed(1, "out of memory", "20 GiB"), "20 GiB\n  fix: use fewer"), (Died(1, -9), "exit code -9")],
 )
 def test_a_training_that_fails_ends_the_command_and_leaves_the_others(place, monkeypatch, event, words):
     def script(job):
@@ -300,6 +300,20 @@ def test_a_training_that_fails_ends_the_command_and_leaves_the_others(place, mon
     with pytest.raises(CaltechHpoError, match=words):
         go(place, monkeypatch, script=script)
     assert [(run.trial, run.seed) for run in runs(open_storage(place.storage), "demo")] == [(0, 1)]
+
+
+def test_a_worker_that_was_killed_is_told(place, monkeypatch):
+    killed = []
+
+    def script(job):
+        if not killed:
+            killed.append(job.number)
+            yield Died(job.number, -9)
+        yield from steady(job)
+
+    _, events = go(place, monkeypatch, script=script, finalists=1, seeds=1)
+    begun = [(event.resumed, event.lost) for event in events if isinstance(event, TrainingStarted)]
+    assert begun == [(False, False), (False, True)] and isinstance(events[-1], TrainingEnded)
 
 
 def test_final_takes_the_confirmed_winner(place, monkeypatch):

@@ -289,6 +289,20 @@ def test_a_worker_that_gets_no_answer_to_an_epoch_saves_it(config, alone, tmp_pa
     assert scores(play(InlineExecutor(config), Job(1, many, checkpoint=file, known=1))) == expected[1:]
 
 
+def test_the_first_epochs_time_counts_for_its_checkpoint(config, tmp_path, monkeypatch):
+    """It may have taken ten minutes, like the others."""
+    from caltech_hpo.search import worker
+
+    monkeypatch.setattr(worker, "CHECKPOINT_EVERY", 0.005)  # less than an epoch, more than what lies between
+    executor, file = InlineExecutor(config), tmp_path / "trial-0.checkpoint"
+    executor.submit(Job(0, recipe(epochs=3), checkpoint=file))
+    executor.next_event()
+    assert not file.exists()
+    executor.answer(0, True)
+    executor.next_event()
+    assert file.exists()
+
+
 def test_a_checkpoint_of_another_recipe_is_left_alone(config, tmp_path):
     file = tmp_path / "trial-0.checkpoint"
     executor = InlineExecutor(config)

@@ -327,6 +327,17 @@ def test_a_file_gets_its_answer_while_bars_are_shown(monkeypatch, capsys):
     assert "alexnet" not in terminal.file.getvalue()
 
 
+def test_what_is_trained_of_an_epoch_is_not_left():
+    forecaster = Forecaster(SPEC, [], costs(), pruning=False)
+    forecaster.handle(TrialStarted(0, {}, 10, ""))
+    whole = forecaster.forecast(1).seconds
+    forecaster.handle(TrialUnderway(0, 1, 50, 100))
+    half = forecaster.forecast(1).seconds
+    assert half == pytest.approx(whole * 9.5 / 10)
+    forecaster.handle(TrialEpoch(0, record(0, 1).epochs[0], 0.5))
+    assert forecaster.forecast(1).seconds == pytest.approx(whole * 9 / 10)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
     """On a terminal always; elsewhere in a line now and then."""
@@ -351,6 +362,17 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
             f"trial 0{seed} epoch 1/3: {images} of 2,000 images"
             for images in ("250", "1,500") for seed in ("", " seed 1")
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_lost_worker_is_told(terminal):
+    console = Console(file=StringIO(), width=200, force_terminal=terminal)
+    view = TrainingsView(console, ["trial 0 seed 1"], 3, workers=1)
+    for lost, resumed in ((False, False), (True, False), (True, True)):
+        view.started("trial 0 seed 1", 3, resumed=resumed, lost=lost)
+    told = console.file.getvalue()
+    assert "trial 0 seed 1: its worker was killed; it begins anew" in told
+    assert "killed; it goes on from its checkpoint" in told and len(view._bars.tasks) == terminal
 
 
 def test_epochs_that_are_told_again_get_no_line():

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from caltech_hpo.errors import CaltechHpoError, StorageFullError
 from caltech_hpo.search import running
+from caltech_hpo.search import supervisor as supervisor_module
 from caltech_hpo.search.events import (
     NoRoom,
     Requeued,
@@ -524,6 +525,21 @@ def test_who_is_silent_is_looked_at_by_the_clock(monkeypatch, slowest, away, kil
     assert executor.killed == killed
     watch.look(trials, slowest)  # at once: it looks no more than once a second
     assert executor.killed == killed
+
+
+def test_trials_that_had_no_time_to_be_saved_are_told(storage, monkeypatch):
+    """By a worker in a batch that takes minutes, say."""
+    monkeypatch.setattr(supervisor_module, "PATIENCE", 0.0)
+
+    class Busy(Scripted):
+        def next_event(self, seconds=None):
+            return super().next_event(seconds) if not self.paused else None
+
+    study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
+    run = Supervisor(*hold(study, storage), SPEC, Busy(bursts=False), BINDING, baselines=False)
+    asked = iter([False, False, *[True] * 99])
+    events = list(run.run(1, stop=lambda: next(asked)))
+    assert events[-1] == TrialPaused(0, saved=False) and study.trials[0].state == TrialState.RUNNING
 
 
 def test_a_worker_that_was_asked_to_end_leaves_its_trial_to_another(storage):
