@@ -41,6 +41,7 @@ class _Row:
     note: str
     state: str = "running"
     doing: str = ""  # before the first epoch, and within each
+    done: int = 0  # epochs of an earlier search
     latest: EpochResult | None = None
     best: float | None = None
     began: float = field(default_factory=time.monotonic)
@@ -101,7 +102,8 @@ class SearchView:
         elif isinstance(event, events.TrialEnded):
             self._ended(event.number, event.state, event.value, event.stop_reason)
         elif isinstance(event, events.TrialResumed):
-            self._rows[event.number] = _Row(event.number, event.params, event.epochs, event.baseline)
+            row = _Row(event.number, event.params, event.epochs, event.baseline, done=event.done)
+            self._rows[event.number] = row
             self._line(f"trial {event.number} goes on: {event.done} of {event.epochs} epochs were recorded")
         elif isinstance(event, events.TrialPaused):
             late = "" if event.saved else ", too slow to be saved: it goes on from its last checkpoint"
@@ -114,10 +116,10 @@ class SearchView:
 
     def _underway(self, number: int, epoch: int, images: int, total: int) -> None:
         row = self._rows[number]
-        row.doing = underway(epoch, row.epochs, images, total)
+        row.doing = f"{images:,} of {total:,} images"
         if time.monotonic() - row.told >= EPOCH_EVERY:
             row.told = time.monotonic()
-            self._line(f"trial {number} {row.doing}")
+            self._line(f"trial {number} {underway(epoch, row.epochs, images, total)}")
 
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]
@@ -155,7 +157,7 @@ class SearchView:
             table.add_row(
                 str(row.number),
                 escape(short_params(row.params) + (f"  ({row.note})" if row.note else "")),
-                f"{latest.epoch if latest else 0}/{row.epochs}",
+                f"{latest.epoch if latest else row.done}/{row.epochs}",
                 f"{latest.training_loss:.4f}" if latest else "-",
                 percent(latest.validation_top1 if latest else None),
                 percent(row.best),
