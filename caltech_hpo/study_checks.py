@@ -59,12 +59,12 @@ def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list
         return name in space or getattr(recipe, name) != Hyperparameters.model_fields[name].default
 
     steps, resized = "step" in values("schedule"), any("resized" in name for name in values("augmentation"))
-    stepping = min(values("step_size")) < max(values("epochs"))
-    too_late = "no trial has more epochs than step_size"
+    no_step = "no trial has more epochs than step_size" if steps else 'the schedule is never "step"'
+    steps = steps and min(values("step_size")) < max(values("epochs"))
     all_frozen = values("freeze") == {"features"}
     rules = [
-        ("step_size", steps and stepping, too_late if steps else 'the schedule is never "step"'),
-        ("gamma", steps and stepping, too_late if steps else 'the schedule is never "step"'),
+        ("step_size", steps, no_step),
+        ("gamma", steps, no_step),
         ("nesterov", "sgd" in values("optimizer"), 'the optimizer is never "sgd"'),
         ("smallest_area", resized, "the augmentation is never a random resized crop"),
         ("init", recipe.weights == "none", f'weights = "{recipe.weights}"'),

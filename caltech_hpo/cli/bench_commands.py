@@ -138,8 +138,8 @@ def bench(
         found = Measurements()
         try:
             run_speed(
-                found, study, place, recipes(study, model or []), device, seconds, rounds, batch_size,
-                workers, skip_unreadable, bars,
+                found, study, place, recipes(study, model or [], workers), device, seconds, rounds,
+                batch_size, workers, skip_unreadable, bars,
             )  # fmt: skip
         finally:  # minutes of measuring are not lost with what comes after them
             bars.close()
@@ -147,8 +147,8 @@ def bench(
                 answer(rows_json(found), as_json, speed_table(found, machine()))
 
 
-def recipes(study: str | None, models: list[str]) -> list[Hyperparameters]:
-    """What is measured: the study's recipe, or stock values of each architecture."""
+def recipes(study: str | None, models: list[str], workers: str | None) -> list[Hyperparameters]:
+    """What is measured: the study's recipe, or stock values of each architecture. Raises UsageError."""
     from caltech_hpo.search.request import with_own_sizes
     from caltech_hpo.spec import Hyperparameters
     from caltech_hpo.study_files import load_study
@@ -158,6 +158,11 @@ def recipes(study: str | None, models: list[str]) -> list[Hyperparameters]:
         if models:
             raise UsageError(
                 "--study and --model together", "a study has a model of its own: give one of the two"
+            )
+        if workers is not None:
+            raise UsageError(
+                f"--workers and --study together: what --workers measures is {STUDY}, on its data",
+                "give one of the two",
             )
         return [with_own_sizes(load_study(study)).recipe]
     for name in models:
@@ -198,11 +203,6 @@ def run_speed(
 
     found_device = resolve_device(device)
     device, on_gpu = str(found_device), found_device.type == "cuda"
-    if workers is not None and study is not None:
-        raise UsageError(
-            f"--workers and --study together: what --workers measures is {STUDY}, on its data",
-            "give one of the two",
-        )
     usual = ON_A_GPU if on_gpu and study is None else ""
     counts = worker_counts(workers if workers is not None else usual)
     index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))

@@ -99,7 +99,7 @@ def _show(view: TrainingsView, event: ConfirmEvent) -> None:
     if isinstance(event, TrainingStarted):
         view.started(name, recipe.epochs, resumed=event.resumed, lost=event.lost)
     elif isinstance(event, TrainingUnderway):
-        view.underway(name, event.epoch, event.images, event.total, recipe.epochs)
+        view.underway(name, event.part, recipe.epochs)
     elif isinstance(event, TrainingEpoch):
         view.epoch(name, event.result, recipe.epochs, before=event.before)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +16,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from caltech_hpo.search.messages import EpochPart
 
 SHORT = {
     "learning_rate": "lr",
@@ -57,9 +60,14 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def underway(epoch: int, epochs: int, images: int, total: int) -> str:
-    """Where an epoch is: "epoch 4/60: 1,024 of 2,892 images"."""
-    return f"epoch {epoch}/{epochs}: {images:,} of {total:,} images"
+def images_of(part: EpochPart) -> str:
+    """ "1,024 of 2,892 images"."""
+    return f"{part.images:,} of {part.total:,} images"
+
+
+def underway(part: EpochPart, epochs: int) -> str:
+    """ "epoch 4/60: 1,024 of 2,892 images"."""
+    return f"epoch {part.epoch}/{epochs}: {images_of(part)}"
 
 
 def over(seeds: int) -> str:

@@ -175,7 +175,7 @@ def _show(
     if isinstance(event, RetrainingStarted):
         view.started(name, plan.recipe.epochs, resumed=event.resumed, lost=event.lost)
     elif isinstance(event, RetrainingUnderway):
-        view.underway(name, event.epoch, event.images, event.total, plan.recipe.epochs)
+        view.underway(name, event.part, plan.recipe.epochs)
     elif isinstance(event, RetrainingEpoch):
         view.epoch(name, event.result, plan.recipe.epochs, before=event.before)
     else:

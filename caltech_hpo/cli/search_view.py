@@ -18,6 +18,7 @@ from caltech_hpo.cli.display import (
     EPOCH_EVERY,
     ProgressBars,
     duration,
+    images_of,
     percent,
     short_params,
     underway,
@@ -26,6 +27,7 @@ from caltech_hpo.cli.display import (
 if TYPE_CHECKING:
     from caltech_hpo.search.events import SearchEvent
     from caltech_hpo.search.forecast import Forecaster
+    from caltech_hpo.search.messages import EpochPart
     from caltech_hpo.search.records import TrialRecord
     from caltech_hpo.spec import EpochResult
 
@@ -96,7 +98,7 @@ class SearchView:
             if not self._console.is_terminal:
                 self._lines(event.what, event.done, event.total)
         elif isinstance(event, events.TrialUnderway):
-            self._underway(event.number, event.epoch, event.images, event.total)
+            self._underway(event.number, event.part)
         elif isinstance(event, events.TrialEpoch):
             self._epoch(event.number, event.result, event.best)
         elif isinstance(event, events.TrialEnded):
@@ -114,12 +116,12 @@ class SearchView:
         elif isinstance(event, events.Requeued):
             self._line(f"trial {event.number} never began; its parameters are queued again")
 
-    def _underway(self, number: int, epoch: int, images: int, total: int) -> None:
+    def _underway(self, number: int, part: EpochPart) -> None:
         row = self._rows[number]
-        row.doing = f"{images:,} of {total:,} images"
+        row.doing = images_of(part)
         if time.monotonic() - row.told >= EPOCH_EVERY:
             row.told = time.monotonic()
-            self._line(f"trial {number} {underway(epoch, row.epochs, images, total)}")
+            self._line(f"trial {number} {underway(part, row.epochs)}")
 
     def _epoch(self, number: int, result: EpochResult, best: float) -> None:
         row = self._rows[number]

@@ -22,6 +22,7 @@ from rich.progress import (
 from caltech_hpo.cli.display import EPOCH_EVERY, duration, percent, underway
 
 if TYPE_CHECKING:
+    from caltech_hpo.search.messages import EpochPart
     from caltech_hpo.spec import EpochResult, Recipe
 
 
@@ -63,22 +64,23 @@ class TrainingsView:
         """A training begins, or goes on; `lost`: since its worker was killed."""
         if self._console.is_terminal and not lost:
             self._tasks[name] = self._bars.add_task(name, total=epochs)
-        how = "goes on from its checkpoint" if resumed else "starts"
+        how = "goes on from its checkpoint" if resumed else "begins anew" if lost else "starts"
         text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
         if lost:
-            how = "goes on from its checkpoint" if resumed else "begins anew"
             text = f"{name}: its worker was killed; it {how}"
         self._told[name] = time.monotonic()
         (self.tell if resumed or lost else self.line)(text)
 
-    def underway(self, name: str, epoch: int, images: int, total: int, epochs: int) -> None:
-        """One of a training's `epochs` has trained so many of its images."""
+    def underway(self, name: str, part: EpochPart, epochs: int) -> None:
+        """Where a training of so many `epochs` is."""
         if name in self._tasks:
             # the epoch is over when its validation images are scored
-            self._bars.update(self._tasks[name], completed=epoch - 1 + min(images / total, 0.99))
+            self._bars.update(
+                self._tasks[name], completed=part.epoch - 1 + min(part.images / part.total, 0.99)
+            )
         elif time.monotonic() - self._told[name] >= EPOCH_EVERY:
             self._told[name] = time.monotonic()
-            self.line(f"{name} {underway(epoch, epochs, images, total)}")
+            self.line(f"{name} {underway(part, epochs)}")
 
     def epoch(self, name: str, result: EpochResult, epochs: int, *, before: bool) -> None:
         """One of a training's `epochs` is over; those from `before` its checkpoint get no line."""

@@ -202,7 +202,7 @@ def train_all(
         if isinstance(event, Began):
             yield TrainingStarted(training, event.resumed, event.lost)
         elif isinstance(event, Underway):
-            yield TrainingUnderway(training, event.epoch, event.images, event.total)
+            yield TrainingUnderway(training, event.part)
         elif isinstance(event, EpochDone):
             yield TrainingEpoch(training, event.result, event.before)
         else:

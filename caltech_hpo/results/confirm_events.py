@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from caltech_hpo.results.runs_table import ConfirmRun
+from caltech_hpo.search.messages import EpochPart
 from caltech_hpo.spec import EpochResult, Recipe
 
 
@@ -30,12 +31,10 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class TrainingUnderway:
-    """A training: so many `images` of the `total` of this epoch so far."""
+    """Where a training is."""
 
     training: Training
-    epoch: int
-    images: int
-    total: int
+    part: EpochPart
 
 
 @dataclass(frozen=True)

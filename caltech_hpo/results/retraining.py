@@ -24,7 +24,7 @@ from caltech_hpo.results.model_files import WEIGHTS, has_weights
 from caltech_hpo.results.plan import FinalPlan
 from caltech_hpo.results.trainings import Began, train_each
 from caltech_hpo.search.locks import Check
-from caltech_hpo.search.messages import EpochDone, Job, Underway
+from caltech_hpo.search.messages import EpochDone, EpochPart, Job, Underway
 from caltech_hpo.search.request import Say, silent
 from caltech_hpo.search.run import open_executor
 from caltech_hpo.spec import EpochResult
@@ -51,12 +51,10 @@ class RetrainingStarted:
 
 @dataclass(frozen=True)
 class RetrainingUnderway:
-    """It trains: so many `images` of the `total` of this epoch so far."""
+    """Where its training is."""
 
     plan: FinalPlan
-    epoch: int
-    images: int
-    total: int
+    part: EpochPart
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _trained(
                     shutil.rmtree(plan.unfinished, ignore_errors=True)
                 yield RetrainingStarted(plan, event.resumed, event.lost)
             elif isinstance(event, Underway):
-                yield RetrainingUnderway(plan, event.epoch, event.images, event.total)
+                yield RetrainingUnderway(plan, event.part)
             elif isinstance(event, EpochDone):
                 yield RetrainingEpoch(plan, event.result, event.before)
             else:

@@ -26,7 +26,7 @@ from caltech_hpo.search.request import Place, Say, silent
 from caltech_hpo.search.run import locate_data
 from caltech_hpo.search.running import MOST_DEATHS
 from caltech_hpo.spec import EpochResult, Recipe
-from caltech_hpo.training.checkpoint_files import previous
+from caltech_hpo.training.checkpoint_files import has_checkpoint
 
 if TYPE_CHECKING:
     import optuna
@@ -140,7 +140,7 @@ def train_each(
 
 
 def _has_checkpoint(job: Job) -> bool:
-    return job.checkpoint is not None and (job.checkpoint.exists() or previous(job.checkpoint).exists())
+    return job.checkpoint is not None and has_checkpoint(job.checkpoint)
 
 
 def training_failure(event: Failed | Died | Paused) -> Exception:

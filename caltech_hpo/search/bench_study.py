@@ -57,23 +57,23 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
         own = replace(place, home=Path(name), storage=default_url(Path(name)), scratch=place.home)
         with open_search(replace(request, checkpoints=False), own) as opened:
             begin = time.perf_counter()
-            epochs = ended = finished = 0
-            warm: set[int] = set()  # trials; each worker's first is among the first so many
+            epochs = ended = ended_before = 0
+            first: set[int] = set()  # trials with an epoch; each worker's first is among the first so many
             for event in opened.events:
-                if isinstance(event, TrialEpoch) and len(warm) < opened.workers:
-                    warm.add(event.number)
-                    if len(warm) == opened.workers:
-                        begin, epochs, finished = time.perf_counter(), 0, 0
-                else:
-                    epochs += isinstance(event, TrialEpoch)
-                finished += isinstance(event, TrialEnded)
+                warm = len(first) == opened.workers
+                if isinstance(event, TrialEpoch) and warm:
+                    epochs += 1
+                elif isinstance(event, TrialEpoch):
+                    first.add(event.number)
+                    if warm := len(first) == opened.workers:
+                        begin, ended_before = time.perf_counter(), ended
                 ended += isinstance(event, TrialEnded)
                 progress(f"{request.study}, {opened.workers} workers: trials", ended, request.trials)
-                taken = time.perf_counter() - begin
-                if taken > (seconds if len(warm) == opened.workers else WARMING * seconds):
+                if time.perf_counter() - begin > (seconds if warm else WARMING * seconds):
                     break
             taken = time.perf_counter() - begin
-            return StudySpeed(request.study, opened.workers, finished, epochs, taken, opened.device)
+            ended -= ended_before
+            return StudySpeed(request.study, opened.workers, ended, epochs, taken, opened.device)
 
 
 @dataclass(frozen=True)

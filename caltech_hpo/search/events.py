@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from caltech_hpo.search.messages import EpochPart
 from caltech_hpo.spec import EpochResult
 
 
@@ -30,12 +31,10 @@ class TrialWorking:
 
 @dataclass(frozen=True)
 class TrialUnderway:
-    """A trial trains: so many `images` of the `total` of this epoch so far."""
+    """Where the training of a trial is."""
 
     number: int
-    epoch: int
-    images: int
-    total: int
+    part: EpochPart
 
 
 @dataclass(frozen=True)

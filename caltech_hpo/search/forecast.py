@@ -141,7 +141,7 @@ class Forecaster:
             trial.done, trial.part = event.result.epoch, 0.0
             self._costs.seen.setdefault(trial.kind, []).append(event.result.seconds)
         elif isinstance(event, TrialUnderway):
-            self._running[event.number].part = event.images / event.total
+            self._running[event.number].part = event.part.images / event.part.total
         elif isinstance(event, TrialEnded):
             trial = self._running.pop(event.number)
             if event.state in ("complete", "pruned"):

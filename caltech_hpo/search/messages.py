@@ -97,13 +97,20 @@ class Working:
 
 
 @dataclass(frozen=True)
-class Underway:
-    """A job trains: so many `images` of the `total` of this epoch so far. Needs no answer."""
+class EpochPart:
+    """What of an epoch is over: so many `images` of the `total` that it trains on."""
 
-    job: int
     epoch: int
     images: int
     total: int
+
+
+@dataclass(frozen=True)
+class Underway:
+    """Where the training of a job is. Needs no answer."""
+
+    job: int
+    part: EpochPart
 
 
 @dataclass(frozen=True)

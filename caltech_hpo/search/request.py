@@ -114,8 +114,7 @@ class SearchRequest:
     Without `pruning` no trial ends for lagging in this run; what diverges still ends. `memory` bytes may
     be used by all workers together (None: most of what is free). A trial ends with its first epoch after
     `trial_minutes`. `spec` stands in for the study's file. Without `checkpoints` no trial can be gone on
-    with. Workers run on `cluster` (None: as
-    processes of this machine).
+    with. Workers run on `cluster` (None: as processes of this machine).
     """
 
     study: str

@@ -126,7 +126,7 @@ def progress_of(event: Midway) -> TrialWorking | TrialUnderway:
     """What a worker says of its trial between epochs, for the search's caller."""
     if isinstance(event, Working):
         return TrialWorking(event.job, event.what, event.done, event.total)
-    return TrialUnderway(event.job, event.epoch, event.images, event.total)
+    return TrialUnderway(event.job, event.part)
 
 
 def attributes_of(running: Running, ready: Ready, stop_reason: str) -> dict[str, Any]:

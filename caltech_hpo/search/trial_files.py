@@ -9,7 +9,7 @@ from pathlib import Path
 from caltech_hpo.data.cache import sync_folder
 from caltech_hpo.search.messages import Job
 from caltech_hpo.search.running import Running
-from caltech_hpo.training.checkpoint_files import is_abandoned, previous, remove_checkpoint
+from caltech_hpo.training.checkpoint_files import has_checkpoint, is_abandoned, remove_checkpoint
 
 NONE_BETTER = (-1.0, 0)  # the rank of no trial
 SHORT = 120.0  # seconds of training that may be repeated for the sake of weights
@@ -49,7 +49,7 @@ class TrialFiles:
             return False
         made = weights.exists() or self._target(self._models, number).exists()
         cheap = sum(result.seconds for result in running.results) < SHORT
-        there = cheap or checkpoint.exists() or previous(checkpoint).exists()
+        there = cheap or has_checkpoint(checkpoint)
         return (best.validation_top1 or 0.0, -number) > self._best and not made and there
 
     def tidy(self, running: set[int]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from caltech_hpo.search.messages import Underway
+from caltech_hpo.search.messages import EpochPart, Underway
 
 if TYPE_CHECKING:
     from caltech_hpo.training.state import TrainingState
@@ -39,7 +39,7 @@ def telling(
             epoch, began, told = state.epoch, now, now
         elif now - told >= max(TELL_EVERY, (now - began) / PARTS):
             told = now
-            tell(Underway(job, epoch, state.images, total))
+            tell(Underway(job, EpochPart(epoch, state.images, total)))
         return interrupted()
 
     return asked

@@ -7,6 +7,11 @@ from pathlib import Path
 import psutil
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is one, or the one before it."""
+    return path.exists() or previous(path).exists()
+
+
 def previous(path: Path) -> Path:
     """Where the checkpoint before the one at `path` is kept."""
     return path.with_name(f"{path.name}.previous")

@@ -26,7 +26,7 @@ from caltech_hpo.results.plan import choose_trial, plan_finals
 from caltech_hpo.results.ranking import Candidate, candidates, rank
 from caltech_hpo.results.runs_table import add_request, runs
 from caltech_hpo.results.trainings import seeded
-from caltech_hpo.search.messages import Died, EpochDone, Failed, Finished, Ready, Underway
+from caltech_hpo.search.messages import Died, EpochDone, EpochPart, Failed, Finished, Ready, Underway
 from caltech_hpo.search.records import trial_record, trial_records
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
@@ -216,12 +216,12 @@ def test_what_is_left_out_is_said(place, monkeypatch):
 
 def test_where_a_training_is_is_told(place, monkeypatch):
     def script(job):
-        yield Underway(job.number, 1, 5, 10)
+        yield Underway(job.number, EpochPart(1, 5, 10))
         yield from steady(job)
 
     _, events = go(place, monkeypatch, script=script, finalists=1, seeds=1)
     told = [event for event in events if isinstance(event, TrainingUnderway)]
-    assert told == [TrainingUnderway(events[0].training, 1, 5, 10)]
+    assert told == [TrainingUnderway(events[0].training, EpochPart(1, 5, 10))]
 
 
 def test_an_interrupted_confirm_goes_on_and_what_it_left_is_paired(place, monkeypatch):

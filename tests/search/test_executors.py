@@ -23,6 +23,7 @@ from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import (
     Died,
     EpochDone,
+    EpochPart,
     Failed,
     Finished,
     Job,
@@ -111,7 +112,7 @@ def test_in_mid_epoch_a_worker_says_where_it_is(config):
             events.append(executor.next_event())
     finally:
         executor.close()
-    told = [(event.epoch, event.images, event.total) for event in events if isinstance(event, Underway)]
+    told = [dataclasses.astuple(event.part) for event in events if isinstance(event, Underway)]
     # after each of three batches, and while the validation images are scored
     assert {(epoch, images, 9) for epoch in (1, 2) for images in (3, 6, 9)} <= set(told)
     assert told == sorted(told) and scores(events) == scores(play(InlineExecutor(config), Job(0, recipe())))
@@ -125,7 +126,7 @@ def test_an_epoch_that_is_fast_tells_of_itself(monkeypatch):
     for epoch, images, passed in ((1, 5, 3.0), (2, 5, 3.0), (2, 9, 3.0), (2, 10, 3.0)):
         state.epoch, state.images, now[0] = epoch, images, now[0] + passed
         assert asked() == (images == 10)
-    assert told == [Underway(7, 2, 10, 10)]
+    assert told == [Underway(7, EpochPart(2, 10, 10))]
 
 
 def test_an_endless_epoch_does_not_fill_the_pipe(monkeypatch):

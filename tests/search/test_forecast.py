@@ -25,6 +25,7 @@ from caltech_hpo.search.events import (
     TrialUnderway,
 )
 from caltech_hpo.search.forecast import Forecaster, draw
+from caltech_hpo.search.messages import EpochPart
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.request import Cluster, sharing
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
@@ -331,7 +332,7 @@ def test_what_is_trained_of_an_epoch_is_not_left():
     forecaster = Forecaster(SPEC, [], costs(), pruning=False)
     forecaster.handle(TrialStarted(0, {}, 10, ""))
     whole = forecaster.forecast(1).seconds
-    forecaster.handle(TrialUnderway(0, 1, 50, 100))
+    forecaster.handle(TrialUnderway(0, EpochPart(1, 50, 100)))
     half = forecaster.forecast(1).seconds
     assert half == pytest.approx(whole * 9.5 / 10)
     forecaster.handle(TrialEpoch(0, record(0, 1).epochs[0], 0.5))
@@ -350,8 +351,8 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
     retraining.started("trial 0 seed 1", 3, resumed=False)
     for passed, images in ((29, 100), (31, 250), (40, 300), (62, 1500)):
         monkeypatch.setattr(time, "monotonic", lambda passed=passed: now + passed)
-        searching.handle(TrialUnderway(0, 1, images, 2000))
-        retraining.underway("trial 0 seed 1", 1, images, 2000, 3)
+        searching.handle(TrialUnderway(0, EpochPart(1, images, 2000)))
+        retraining.underway("trial 0 seed 1", EpochPart(1, images, 2000), 3)
     written = console.file.getvalue()
     if terminal:
         console.print(searching._render())

@@ -26,6 +26,7 @@ from caltech_hpo.search.events import (
 from caltech_hpo.search.messages import (
     Died,
     EpochDone,
+    EpochPart,
     Failed,
     Finished,
     Midway,
@@ -492,14 +493,14 @@ def test_a_worker_that_speaks_in_mid_epoch_is_not_silent_and_its_caller_hears_it
         yield Working(job.number, "features", 1, 2)
         one = run._running[job.number]
         one.heard = -1.0  # long ago
-        yield Underway(job.number, 1, 5, 10)
+        yield Underway(job.number, EpochPart(1, 5, 10))
         heard.append(one.heard)
         yield from steady(job)
 
     study = open_study(storage, "demo", SPEC, "x", sampler_seed=0, allow_changed=False)
     run = Supervisor(*hold(study, storage), SPEC, Scripted(script), BINDING, baselines=False)
     events = [event for event in run.run(1) if isinstance(event, (TrialWorking, TrialUnderway))]
-    assert events == [TrialWorking(0, "features", 1, 2), TrialUnderway(0, 1, 5, 10)]
+    assert events == [TrialWorking(0, "features", 1, 2), TrialUnderway(0, EpochPart(1, 5, 10))]
     assert heard[0] > 0
 
 
