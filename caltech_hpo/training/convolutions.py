@@ -5,7 +5,6 @@ They take the place of a model's own, under the same names and with the same par
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from caltech_hpo.terms import TIMM, Precision
+from caltech_hpo.training.fused_norms import Passed, PassedPool, fuse_norms, plain_pooling
+from caltech_hpo.training.kernel_check import LEAST_CHANNELS, kernels_run, runs_fused
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN pads fewer of them, or a number between, with a copy of its own
 
@@ -29,6 +30,7 @@ def choose_convolutions(
     # what else uses a ReLU of one of timm's thousand models is not known
     if device.type == "cuda" and not architecture.startswith(TIMM):
         fuse_with_relu(model)
+        fuse_norms(model)
 
 
 class _LearnsInFp32:
@@ -54,49 +56,48 @@ def train_depthwise_in_fp32(model: nn.Module) -> None:
                 module.__class__ = type(f"{kind.__name__}LearningInFp32", (_LearnsInFp32, kind), {})
 
 
-class Passed(nn.ReLU):
-    """A ReLU that the convolution before it has computed."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Its input."""
-        return input
-
-
 class CudaConv2d(nn.Conv2d):
     """A convolution, with its ReLU if it `rectifies`, for bf16 autocast on a GPU; elsewhere the plain one.
 
-    Strided ones of few channels take their stride's blocks of pixels as channels (see `space_to_depth`).
-    With a prototype of this class, on one H100, a training step of AlexNet (256 images) took 5.6 ms instead
-    of 7.3, of VGG16 (128) 33 instead of 40, of ResNet-18 (128) 10.5 instead of 11.2.
+    And with the max pooling after that, of (kernel, stride, padding) `pools`. Strided ones of few channels
+    take their stride's blocks of pixels as channels (see `space_to_depth`).
     """
 
     rectifies: bool = False
+    pools: tuple[int, int, int] | None = None
     takes_blocks: bool = False
     fusing: bool = True  # until cuDNN refuses to
 
     def forward(self, input: Tensor) -> Tensor:
         """(n, out_channels, ...) of images (n, in_channels, height, width)."""
-        if not (input.is_cuda and torch.is_autocast_enabled("cuda")) or input.dtype == torch.float64:
-            output = super().forward(input)
-            return functional.relu(output) if self.rectifies else output
+        if not runs_fused(input):
+            return self._then(super().forward(input))
         dtype = torch.get_autocast_dtype("cuda")
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        weight = self.weight.to(dtype)
         stride, padding = self.stride, self.padding
         if self.takes_blocks and not input.requires_grad:
             images, weight = space_to_depth(input, weight, stride[0], int(padding[0]))
             stride, padding = (1, 1), (0, 0)
         else:
             images = input.to(dtype)
-        if self.rectifies and self.fusing and bias is not None:
+        if self.rectifies and self.fusing and self.bias is not None:
+            kernels = kernels_run(input.device) and self.out_channels % LEAST_CHANNELS == 0
+            pools = self.pools if kernels else None
             try:
-                fused: Tensor = _ConvolutionReLU.apply(images, weight, bias, stride, padding)
-                return fused
+                fused: Tensor = _ConvolutionReLU.apply(
+                    images, weight, self.bias, stride, padding, pools, kernels
+                )
+                return fused if pools or not self.pools else functional.max_pool2d(fused, *self.pools)
             except (
                 RuntimeError
             ):  # no engine of this cuDNN on this GPU, or no memory: then the plain one says so
                 self.fusing = False
-        output = functional.conv2d(images, weight, bias, stride, padding)
-        return functional.relu(output) if self.rectifies else output
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._then(functional.conv2d(images, weight, bias, stride, padding))
+
+    def _then(self, output: Tensor) -> Tensor:
+        output = functional.relu(output) if self.rectifies else output
+        return functional.max_pool2d(output, *self.pools) if self.pools else output
 
 
 def fuse_again(model: nn.Module) -> None:
@@ -107,28 +108,47 @@ def fuse_again(model: nn.Module) -> None:
 
 
 class _ConvolutionReLU(torch.autograd.Function):
-    """Convolution, bias and ReLU in one kernel: torch computes three, each a pass over the memory."""
+    """Convolution, bias and ReLU in one kernel (torch computes three, each a pass over the memory), then
+    max pooling where `pools` says so: what it forgets need not be kept. `bias` is float32."""
 
     @staticmethod
     def forward(
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int],
-        padding: tuple[int, int],
+        padding: tuple[int, int], pools: tuple[int, int, int] | None, kernels: bool,
     ) -> Tensor:  # fmt: skip
-        output: Tensor = torch.cudnn_convolution_relu(images, weight, bias, stride, padding, (1, 1), 1)
-        ctx.save_for_backward(images, weight, output)
-        ctx.stride, ctx.padding = stride, padding
+        small = bias.to(weight.dtype)
+        output: Tensor = torch.cudnn_convolution_relu(images, weight, small, stride, padding, (1, 1), 1)
+        ctx.stride, ctx.padding, ctx.pools, ctx.kernels = stride, padding, pools, kernels
+        if pools:
+            from caltech_hpo.training.gpu_kernels import largest
+
+            ctx.sides = output.shape[2:]
+            output, places = largest(output, pools)
+            ctx.save_for_backward(images, weight, places)
+        else:
+            ctx.save_for_backward(images, weight, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        images, weight, output = ctx.saved_tensors
-        gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
-        gradients = torch.ops.aten.convolution_backward(
-            gradient, images, weight, [weight.shape[0]], ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
-            list(ctx.needs_input_grad[:3]),
+        images, weight, kept = ctx.saved_tensors
+        if ctx.kernels:
+            from caltech_hpo.training.gpu_kernels import back_to_places, relu_gradient
+
+            if ctx.pools:
+                height, width = ctx.sides
+                gradient, sums = back_to_places(gradient, kept, height, width, ctx.pools)
+            else:
+                gradient, sums = relu_gradient(gradient, kept)
+        else:
+            gradient = torch.ops.aten.threshold_backward(gradient, kept, 0)
+            sums = gradient.sum((0, 2, 3), dtype=torch.float32)
+        to_images, to_weight, _ = torch.ops.aten.convolution_backward(
+            gradient, images, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+            [*ctx.needs_input_grad[:2], False],
         )  # fmt: skip
-        return (*gradients, None, None)
+        return to_images, to_weight, sums, *[None] * 4
 
 
 def fuse_with_relu(model: nn.Module) -> None:
@@ -136,10 +156,12 @@ def fuse_with_relu(model: nn.Module) -> None:
     modules: list[Any] = list(model.modules())
     for parent in modules:
         children: list[Any] = list(parent) if type(parent) is nn.Sequential else []
-        for module, following in itertools.pairwise(children):
+        for module, following, last in zip(children, children[1:], [*children[2:], None], strict=False):
             if _is_plain(module) and module.bias is not None and type(following) is nn.ReLU:
                 module.__class__, following.__class__ = CudaConv2d, Passed
                 module.rectifies = True
+                if (pools := plain_pooling(last)) is not None:
+                    last.__class__, module.pools = PassedPool, pools
     for module in modules:
         if _is_plain(module) and _takes_blocks(module):
             module.__class__ = CudaConv2d

@@ -1,0 +1,147 @@
+"""Our Triton kernels against torch in float32: on a GPU, or interpreted on a CPU.
+
+As a program it runs all cases on the CPU; TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+SHAPES = [(2, 16, 7, 9), (3, 192, 13, 11), (2, 64, 16, 16)]
+POOLS = [(2, 2, 0), (3, 2, 0), (3, 2, 1), (3, 1, 1)]
+# summand, ReLU, pooling after a batch norm
+NORMS = [
+    (False, False, None),
+    (False, True, None),
+    (True, False, None),
+    (True, True, None),
+    (False, True, (2, 2, 0)),
+    (False, True, (3, 2, 1)),
+]
+TYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}  # the interpreter cuts bf16 where a GPU rounds
+
+
+def images(shape, dtype, device, seed=0):
+    """Random images in channels_last."""
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def agree(found, expected, dtype):
+    """Whether the norm of the difference is small beside the norm."""
+    found, expected = found.float(), expected.float()
+    assert found.shape == expected.shape
+    return bool((found - expected).norm() <= TOLERANCE[dtype] * expected.norm())
+
+
+def check_relu(shape, dtype, device):
+    """A rectified gradient, and its sums."""
+    from caltech_hpo.training.gpu_kernels import relu_gradient
+
+    gradient, output = images(shape, dtype, device), images(shape, dtype, device, 1).relu()
+    gradient = gradient.flip(0).contiguous()  # any memory format is taken
+    found, sums = relu_gradient(gradient, output)
+    assert torch.equal(found, gradient * (output > 0))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert agree(sums, found.float().sum((0, 2, 3)), torch.float32)
+
+
+def check_pooling(shape, dtype, device, pools):
+    """ReLU and max pooling, forward and backward."""
+    from caltech_hpo.training.gpu_kernels import back_to_places, largest
+
+    given = images(shape, dtype, device)
+    plain = given.float().requires_grad_()
+    expected = functional.max_pool2d(plain.relu(), *pools)
+    output, places = largest(given, pools)
+    assert torch.equal(output.float(), expected)
+    gradient = images(expected.shape, dtype, device, 1)
+    expected.backward(gradient.float())
+    found, sums = back_to_places(gradient, places, *shape[2:], pools)
+    assert agree(found, plain.grad, dtype) and agree(sums, plain.grad.sum((0, 2, 3)), torch.float32)
+    spoiled = given.clone(memory_format=torch.preserve_format)
+    spoiled[0, 1, 2, 3] = torch.nan
+    output, _ = largest(spoiled, pools)
+    assert torch.equal(output[:, 1].isnan(), functional.max_pool2d(spoiled.float(), *pools)[:, 1].isnan())
+
+
+def check_norm(shape, dtype, device, adds, rectifies, pools):
+    """Batch norm in training: outputs, gradients, running statistics."""
+    from caltech_hpo.training.batch_norm import BatchNorm
+
+    norm = nn.BatchNorm2d(shape[1]).to(device)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        norm.weight.copy_(torch.rand(shape[1], generator=generator) * 3 - 1)
+        norm.bias.copy_(torch.randn(shape[1], generator=generator))
+    plain = copy.deepcopy(norm)
+    given = (images(shape, torch.float32, device) * 3 + 50).to(
+        dtype
+    )  # far from 0: squares alone would not do
+    given.requires_grad_()
+    summand = images(shape, dtype, device, 2).requires_grad_() if adds else None
+    output = BatchNorm.apply(
+        given, summand, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+        norm.eps, norm.momentum, rectifies, pools,
+    )  # fmt: skip
+    same = [None if one is None else one.detach().float().requires_grad_() for one in (given, summand)]
+    expected = plain(same[0])
+    expected = expected if same[1] is None else expected + same[1]
+    # where rounding decides what ReLU passes on, nothing is compared
+    near = (expected.abs() < 1e-4) if rectifies else torch.zeros_like(expected, dtype=torch.bool)
+    expected = expected.relu() if rectifies else expected
+    expected = functional.max_pool2d(expected, *pools) if pools else expected
+    assert output.dtype == dtype and output.is_contiguous(memory_format=torch.channels_last)
+    assert agree(output, expected, dtype)
+    if bool(near.any()):
+        return
+    gradient = images(expected.shape, dtype, device, 1)
+    output.backward(gradient)
+    expected.backward(gradient.float())
+    assert agree(given.grad, same[0].grad, dtype)
+    assert summand is None or agree(summand.grad, same[1].grad, dtype)
+    for name in ("weight", "bias"):
+        assert agree(getattr(norm, name).grad, getattr(plain, name).grad, dtype)
+    for name in ("running_mean", "running_var"):
+        assert agree(getattr(norm, name), getattr(plain, name), torch.float32)
+    assert norm.num_batches_tracked == 1
+
+
+def check_spoiled_norm(device):
+    """NaN stays NaN: a diverged training must show."""
+    from caltech_hpo.training.batch_norm import BatchNorm
+
+    given = images((2, 16, 4, 4), torch.bfloat16, device)
+    given[0, 0, 0, 0] = torch.nan
+    norm = nn.BatchNorm2d(16).to(device)
+    for pools in (None, (2, 2, 0)):
+        output = BatchNorm.apply(
+            given, None, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+            norm.num_batches_tracked, norm.eps, norm.momentum, True, pools,
+        )  # fmt: skip
+        assert output[:, 0].isnan().all() and not output[:, 1:].isnan().any()
+    assert norm.running_var[0].isnan() and not norm.running_var[1:].isnan().any()
+
+
+def check_all(device, shapes=SHAPES):
+    """Every case; returns how many."""
+    count = 0
+    for shape in shapes:
+        for dtype in TYPES:
+            check_relu(shape, dtype, device)
+            for pools in POOLS:
+                check_pooling(shape, dtype, device, pools)
+            for case in NORMS:
+                check_norm(shape, dtype, device, *case)
+            count += 1 + len(POOLS) + len(NORMS)
+    check_spoiled_norm(device)
+    return count + 1
+
+
+if __name__ == "__main__":
+    print(check_all(torch.device("cpu"), SHAPES[:2]))
