@@ -128,11 +128,50 @@ def check_spoiled_norm(device):
     assert norm.running_var[0].isnan() and not norm.running_var[1:].isnan().any()
 
 
-def check_all(device, shapes=SHAPES):
+def check_crops(device, dtype):
+    """Crops of decoded images, mirrored and normalised."""
+    from caltech_hpo.data.batches import IMAGENET, normalized
+    from caltech_hpo.data.resident import ResidentImages
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([[40, 33], [33, 70], [35, 35]])
+    counts = sizes.prod(1)
+    pixels = torch.randint(0, 256, (int(counts.sum()), 3), generator=generator, dtype=torch.uint8)
+    labels = torch.tensor([5, 6, 7])
+    data = ResidentImages(pixels.to(device), counts.cumsum(0) - counts, sizes, labels.to(device))
+    chosen, corners = torch.tensor([2, 0, 1, 0]), torch.tensor([[1, 2], [7, 0], [0, 37], [3, 0]])
+    mean, std = (255 * torch.tensor(levels, device=device) for levels in (IMAGENET.mean, IMAGENET.std))
+    for mirrored in (None, torch.tensor([True, False, True, True])):
+        found, named = data.batch(chosen, corners, 33, mirrored, mean, std, dtype)
+        expected = normalized(data.crops(chosen, corners, 33, mirrored).permute(0, 3, 1, 2), IMAGENET)
+        assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+        assert named.tolist() == [7, 5, 6, 5]
+        assert torch.equal(found, expected) if dtype == torch.float32 else agree(found, expected, dtype)
+
+
+def check_blocks(device, dtype):
+    """Blocks of pixels as channels."""
+    from caltech_hpo.training.convolutions import _blocks
+    from caltech_hpo.training.gpu_kernels import pixels_of_blocks
+
+    for side, kernel, stride, padding, depth in ((37, 11, 4, 2, 48), (32, 7, 2, 3, 16), (9, 3, 2, 0, 16)):
+        given = images((2, 3, side, side + 3), torch.float32, device)
+        sides = [(one + 2 * padding - kernel) // stride + -(-kernel // stride) for one in given.shape[2:]]
+        expected = _blocks(given, *sides, stride, padding, dtype)
+        found = pixels_of_blocks(given, tuple(sides), depth, stride, padding, dtype)
+        real = expected.shape[3]
+        assert agree(found[..., :real], expected, dtype) and not found[..., real:].any()
+        assert dtype != torch.float32 or torch.equal(found[..., :real], expected)
+
+
+def check_all(device, shapes=SHAPES, types=TYPES):
     """Every case; returns how many."""
     count = 0
+    for dtype in types:
+        check_crops(device, dtype)
+        check_blocks(device, dtype)
     for shape in shapes:
-        for dtype in TYPES:
+        for dtype in types:
             check_relu(shape, dtype, device)
             for pools in POOLS:
                 check_pooling(shape, dtype, device, pools)

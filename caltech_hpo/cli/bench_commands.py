@@ -36,9 +36,10 @@ MODELS = ("alexnet", "resnet18", "vgg16")
 # What the study is for whose wall time --workers measures, and how many trials it has.
 STUDY, TRIALS = "alexnet-scratch", 40
 ON_A_GPU = "1,2,4"
-STUDY_SECONDS = 20.0
+STUDY_SECONDS = 15.0
 # On a GPU starting stock's loader takes as long as a measurement: all of it is to end within 8 minutes.
 ROUNDS, ROUNDS_ON_A_GPU = 3, 2
+SECONDS, SECONDS_ON_A_GPU = 3.0, 1.0  # a GPU takes a hundred steps in one
 
 LEAST_SECONDS = 10.0  # of --reporters
 MOST_IMAGES = 65536  # as in spec, which --help need not import
@@ -66,8 +67,14 @@ def bench(
     ] = None,
     device: Device = "auto",
     seconds: Annotated[
-        float, typer.Option(min=0.1, max=3600, help="How long each measurement takes, at least.")
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=3600,
+            help="How long each measurement takes, at least.",
+            show_default=f"{SECONDS:.0f}, on a GPU {SECONDS_ON_A_GPU:.0f}",
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -126,7 +133,7 @@ def bench(
 
     with goes_on(kept=False), progress_bars() as bars:
         if reporters is not None:
-            held = run_reporters(place, reporters, max(seconds, LEAST_SECONDS), sampler.value, bars)
+            held = run_reporters(place, reporters, max(seconds or 0.0, LEAST_SECONDS), sampler.value, bars)
             bars.close()
             answer(asdict(held), as_json, reports_table(held))
             return
@@ -188,7 +195,7 @@ def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars
 
 def run_speed(
     measured: Measurements, study: str | None, place: Place, values: list[Hyperparameters], device: str,
-    seconds: float, rounds: int | None, batch_size: int | None, workers: str | None, skip_unreadable: bool,
+    seconds: float | None, rounds: int | None, batch_size: int | None, workers: str | None, skip_unreadable: bool,
     bars: ProgressBars,
 ) -> None:  # fmt: skip
     """Adds the rows of each recipe, of decoding, and of each number of workers; on the images of `study`."""
@@ -207,6 +214,7 @@ def run_speed(
     counts = worker_counts(workers if workers is not None else usual)
     index = scan(locate_data(load_study(study or STUDY), place, progress=bars, say=say))
     rounds = rounds or (ROUNDS_ON_A_GPU if on_gpu else ROUNDS)
+    seconds = seconds or (SECONDS_ON_A_GPU if on_gpu else SECONDS)
     for recipe in values:
         found = load_search_data(
             index, recipe.resize, place.cache, skip_unreadable=skip_unreadable, progress=bars

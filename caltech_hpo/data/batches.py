@@ -23,6 +23,7 @@ from caltech_hpo.data.augment import (
 )
 from caltech_hpo.data.cache import LabeledImages
 from caltech_hpo.data.decode import Pixels
+from caltech_hpo.data.kernel_check import kernels_run
 from caltech_hpo.data.resident import ResidentImages, to_device
 
 # Where pixels are: in the cache file, or in the device's memory.
@@ -48,8 +49,8 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class BatchPlan:
     """How a split becomes batches; `crop` in pixels, the others as in `Hyperparameters`.
 
-    What follows `device` applies to training alone. With `mixup` or `cutmix`, labels become shares
-    of `classes`.
+    What follows `device` applies to training alone, but for `dtype`, the images'. With `mixup` or `cutmix`,
+    labels become shares of `classes`.
     """
 
     batch_size: int
@@ -63,6 +64,7 @@ class BatchPlan:
     mixup: float = 0.0
     cutmix: float = 0.0
     classes: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 def batch_sizes(images: int, plan: BatchPlan) -> list[int]:
@@ -81,7 +83,7 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from `order`, augmented by `draws` (both CPU generators).
 
-    Begins with batch `start`. Yields images (n, 3, crop, crop) float32, channels_last, and labels (n,)
+    Begins with batch `start`. Yields images (n, 3, crop, crop), channels_last, and labels (n,)
     int64 (or shares (n, classes) float32), on the device; n as `batch_sizes` says.
     """
     copies = plan.augmentation.copies or (plan.augmentation,)
@@ -114,6 +116,13 @@ def make_batch(
     data: Images, chosen: Tensor, plan: BatchPlan, augmentation: Augmentation, draws: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The images at positions `chosen` (n,) as one batch (see `training_batches`)."""
+    if (
+        isinstance(data, ResidentImages) and not (plan.color_jitter or augmentation.rotation)
+        and not augmentation.resized and kernels_run(data.pixels.device)
+    ):  # fmt: skip
+        corners, mirrored = drawn_crops(data.sizes[chosen], plan.crop, augmentation, draws)
+        mean, std = _levels(plan.normalization, data.pixels.device, 1)
+        return data.batch(chosen, corners, plan.crop, mirrored, mean, std, plan.dtype)
     # NHWC in memory seen as NCHW is what torch calls channels_last: no copy.
     batch = cropped(data, chosen, plan, augmentation, draws).permute(0, 3, 1, 2)
     if plan.color_jitter:
@@ -121,7 +130,7 @@ def make_batch(
     if augmentation.rotation:
         turned = rotate_each(batch.float(), augmentation.rotation, draws)
         batch = turned.contiguous(memory_format=torch.channels_last)
-    batch = normalized(batch, plan.normalization)
+    batch = normalized(batch, plan.normalization).to(plan.dtype)
     if isinstance(data, ResidentImages):
         return batch, data.labels[to_device(chosen, plan.device)]
     return batch, to_device(torch.from_numpy(data.labels[chosen.numpy()]), plan.device)
@@ -138,9 +147,9 @@ def cropped(
         sizes = torch.tensor([image.shape[:2] for image in images])
     if augmentation.resized:
         places = boxes(sizes, (plan.smallest_area, 1.0), CROP_RATIOS, draws)
+        mirrored = drawn_mirrored(len(chosen), augmentation, draws)
     else:
-        places = crop_corners(sizes, plan.crop, random=augmentation.random_crop, generator=draws)
-    mirrored = torch.rand(len(chosen), generator=draws) < augmentation.flip if augmentation.flip else None
+        places, mirrored = drawn_crops(sizes, plan.crop, augmentation, draws)
     if isinstance(data, ResidentImages):
         cut = data.resized if augmentation.resized else data.crops
         return cut(chosen, places, plan.crop, mirrored)
@@ -150,6 +159,19 @@ def cropped(
         pixels[i] = pixels[i, :, ::-1].copy()
     # pixels cross to the device as bytes, a quarter of their size as floats
     return to_device(torch.from_numpy(pixels), plan.device)
+
+
+def drawn_crops(
+    sizes: Tensor, crop: int, augmentation: Augmentation, draws: torch.Generator
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Corners (n, 2) of crops of images of these sizes (n, 2), and which are mirrored (n,) bool, if any."""
+    corners = crop_corners(sizes, crop, random=augmentation.random_crop, generator=draws)
+    return corners, drawn_mirrored(len(sizes), augmentation, draws)
+
+
+def drawn_mirrored(count: int, augmentation: Augmentation, draws: torch.Generator) -> Tensor | None:
+    """(count,) bool, None where none is."""
+    return torch.rand(count, generator=draws) < augmentation.flip if augmentation.flip else None
 
 
 def crops_on_host(images: list[Pixels], corners: list[list[int]], crop: int) -> Pixels:

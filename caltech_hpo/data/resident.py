@@ -65,6 +65,24 @@ class ResidentImages:
             columns = torch.where(to_device(mirrored, steps.device)[:, None], steps.flip(0), steps)
         return self.pixels[rows[:, :, None] + columns[:, None]]
 
+    def batch(
+        self, chosen: Tensor, corners: Tensor, crop: int, mirrored: Tensor | None, mean: Tensor, std: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`crops`, normalised by `mean` and `std` (3,) in pixel levels, in one pass, and their labels (n,).
+
+        (n, 3, crop, crop) of `dtype`, channels_last. Only where `kernels_run`.
+        """
+        from caltech_hpo.data.crop_kernel import normalized_crops
+
+        top, left = corners.unbind(1)
+        widths = self.sizes[chosen, 1]
+        flags = torch.zeros_like(widths) if mirrored is None else mirrored.long()
+        drawn = torch.stack([self.starts[chosen] + top * widths + left, widths, flags, chosen])
+        drawn = to_device(drawn, self.pixels.device)
+        images = normalized_crops(self.pixels, drawn[:3], crop, mean, std, dtype)
+        return images, self.labels[drawn[3]]
+
     def resized(
         self, chosen: Tensor, boxes: Tensor, crop: int, mirrored: Tensor | None = None
     ) -> Tensor:  # fmt: skip

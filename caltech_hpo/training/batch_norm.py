@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from caltech_hpo.training import gpu_kernels
 from caltech_hpo.training.gpu_kernels import (
     ROWS,
     Pools,
@@ -24,7 +25,7 @@ from caltech_hpo.training.gpu_kernels import (
     tiles,
 )
 
-PARTS = 32  # partial sums that are added at a time
+PARTS = 128  # partial sums that are added at a time
 FEW = 16  # channels of a program that adds them
 # What a batch is normalised with, a row each (channels,) float32.
 MEAN, INVERSE, SCALE, SHIFT = range(4)
@@ -203,7 +204,7 @@ class BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         images = images.contiguous(memory_format=torch.channels_last)
         rows, channels = matrix(images)
-        grid, constants, each = summing_tiles(rows, channels)
+        grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
         sums = torch.empty((2, grid[0], channels), device=images.device)
         stats = torch.empty((4, channels), device=images.device)
         with torch.cuda.device_of(images):
@@ -224,7 +225,7 @@ class BatchNorm(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         rows, channels = matrix(images)
         kernel, stride, padding = ctx.pools or (0, 1, 0)
-        grid, constants, each = summing_tiles(rows, channels)
+        grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
         sums = torch.empty((2, grid[0], channels), device=images.device)
         factors, slopes = (torch.empty((2, channels), device=images.device) for _ in range(2))
         # what goes to the summand is what ReLU passes on
@@ -240,7 +241,7 @@ class BatchNorm(torch.autograd.Function):
             _coefficients[(channels // FEW,)](
                 sums, stats, factors, slopes, rows, channels, grid[0], PARTS=PARTS, FEW=FEW
             )
-            grid, constants = tiles(rows, channels)
+            grid, constants = tiles(rows, channels, gpu_kernels.ELEMENTS)
             _image_gradient[grid](
                 passed, images, kept, stats, factors, found, rows, channels, *places, **constants,
                 RECTIFIES=ctx.rectifies and not ctx.adds, KERNEL=kernel, STRIDE=stride, PADDING=padding,
@@ -261,7 +262,7 @@ def normalized(
     if summand is not None:
         summand = summand.contiguous(memory_format=torch.channels_last)
     output = like(images)
-    grid, constants = tiles(rows, channels)
+    grid, constants = tiles(rows, channels, gpu_kernels.ELEMENTS)
     with torch.cuda.device_of(images):
         _normalized[grid](
             images, summand, output, stats, rows, channels, **constants, ADDS=summand is not None,

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from caltech_hpo.data.kernel_check import kernels_run
 from caltech_hpo.terms import TIMM, Precision
-from caltech_hpo.training.fused_norms import Passed, PassedPool, fuse_norms, plain_pooling
-from caltech_hpo.training.kernel_check import LEAST_CHANNELS, kernels_run, runs_fused
+from caltech_hpo.training.fused_norms import (
+    LEAST_CHANNELS,
+    Passed,
+    PassedPool,
+    fuse_norms,
+    plain_pooling,
+    runs_fused,
+)
+from caltech_hpo.training.linear import widen_gradients
 
 TENSOR_CORE_CHANNELS = 8  # cuDNN pads fewer of them, or a number between, with a copy of its own
 
@@ -31,6 +39,7 @@ def choose_convolutions(
     if device.type == "cuda" and not architecture.startswith(TIMM):
         fuse_with_relu(model)
         fuse_norms(model)
+        widen_gradients(model)
 
 
 class _LearnsInFp32:
@@ -188,20 +197,32 @@ def space_to_depth(images: Tensor, weight: Tensor, stride: int, padding: int) ->
     with zeros to what tensor cores take: (n, 3, 224, 224) and (64, 3, 11, 11) become (n, 48, 57, 57) and
     (64, 48, 3, 3). Of the weight's type, channels_last.
     """
-    count, channels, height, width = images.shape
-    kernel = weight.shape[2]
+    channels, kernel = images.shape[1], weight.shape[2]
     blocks = -(-kernel // stride)  # a kernel's side, beyond the last pixel zeros
-    tall, wide = ((side + 2 * padding - kernel) // stride + blocks for side in (height, width))
     depth = stride * stride * channels
     more = -depth % TENSOR_CORE_CHANNELS
-    padded = images.new_zeros((count, tall * stride, wide * stride, channels), dtype=weight.dtype)
-    rows, columns = min(height, tall * stride - padding), min(width, wide * stride - padding)
-    inner = images.permute(0, 2, 3, 1)[:, :rows, :columns]
-    padded[:, padding : padding + rows, padding : padding + columns] = inner
-    pixels = padded.view(count, tall, stride, wide, stride, channels).transpose(2, 3)
-    pixels = functional.pad(pixels.reshape(count, tall, wide, depth), (0, more))
+    tall, wide = ((side + 2 * padding - kernel) // stride + blocks for side in images.shape[2:])
+    if kernels_run(images.device):
+        from caltech_hpo.training.gpu_kernels import pixels_of_blocks
+
+        pixels = pixels_of_blocks(images, (tall, wide), depth + more, stride, padding, weight.dtype)
+    else:
+        pixels = functional.pad(_blocks(images, tall, wide, stride, padding, weight.dtype), (0, more))
     rest = blocks * stride - kernel
     taps = functional.pad(weight, (0, rest, 0, rest))
     taps = taps.view(-1, channels, blocks, stride, blocks, stride).permute(0, 2, 4, 3, 5, 1)
     taps = functional.pad(taps.reshape(-1, blocks, blocks, depth), (0, more))
     return pixels.permute(0, 3, 1, 2), taps.permute(0, 3, 1, 2)
+
+
+def _blocks(
+    images: Tensor, tall: int, wide: int, stride: int, padding: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """(n, tall, wide, stride * stride * channels)."""
+    count, channels, height, width = images.shape
+    padded = images.new_zeros((count, tall * stride, wide * stride, channels), dtype=dtype)
+    rows, columns = min(height, tall * stride - padding), min(width, wide * stride - padding)
+    inner = images.permute(0, 2, 3, 1)[:, :rows, :columns]
+    padded[:, padding : padding + rows, padding : padding + columns] = inner
+    pixels = padded.view(count, tall, stride, wide, stride, channels).transpose(2, 3)
+    return pixels.reshape(count, tall, wide, stride * stride * channels)

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from caltech_hpo.training.kernel_check import LEAST_CHANNELS, kernels_run, runs_fused
+from caltech_hpo.data.kernel_check import kernels_run
 
+LEAST_CHANNELS = 16  # that the kernels take; of more, whole multiples
 LARGEST_WINDOW = 15  # a side's pixels: which of a window's was the largest is kept in a byte
+
+
+def runs_fused(images: Tensor) -> bool:
+    """Whether images are computed in bf16 autocast on a GPU, for which the fused modules are."""
+    return images.is_cuda and torch.is_autocast_enabled("cuda") and images.dtype != torch.float64
 
 
 class Passed(nn.ReLU):

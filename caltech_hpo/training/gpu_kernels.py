@@ -14,17 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 128  # channels that a program takes at most
+WIDE = 64  # channels that a program takes: a row of them is a line of the cache in bf16
 ELEMENTS = 4096  # that it has in hand at a time
-PROGRAMS = 1024  # of a sum: several for each multiprocessor
+PROGRAMS = 528  # of a sum: four for each multiprocessor of an H100
+WARPS = 8
 NOWHERE = tl.constexpr(255)  # in place of a window's largest pixel, where ReLU passes no gradient on
 Pools = tuple[int, int, int]  # a max pooling's kernel, stride and padding
 ROWS = ["rows", "rows_each"]  # of any number: each would be compiled again where 16 divides it
-
-
-def _wide(channels: int) -> int:
-    """Channels of a program: the largest power of two that divides them."""
-    return min(WIDEST, channels & -channels)
 
 
 def matrix(images: Tensor) -> tuple[int, int]:
@@ -32,21 +28,22 @@ def matrix(images: Tensor) -> tuple[int, int]:
     return images.numel() // images.shape[1], images.shape[1]
 
 
-def tiles(rows: int, channels: int, elements: int = ELEMENTS) -> tuple[tuple[int, int], dict[str, int]]:
-    """A program for every tile, and its constants."""
-    wide = _wide(channels)
+def tiles(rows: int, channels: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """A program for every tile of so many elements, and what is constant of it."""
+    wide = min(WIDE, channels & -channels)
     tall = elements // wide
-    return (triton.cdiv(rows, tall), channels // wide), {"TALL": tall, "WIDE": wide}
+    return (triton.cdiv(rows, tall), channels // wide), {"TALL": tall, "WIDE": wide, "num_warps": WARPS}
 
 
-def summing_tiles(rows: int, channels: int, elements: int = ELEMENTS) -> tuple[tuple[int, int], Any, int]:
-    """Programs that each sum over so many rows, tile by tile, and their constants."""
+def summing_tiles(rows: int, channels: int, elements: int) -> tuple[tuple[int, int], dict[str, int], int]:
+    """Programs that each sum over so many rows (the last), tile by tile, and what is constant of them."""
     (down, across), constants = tiles(rows, channels, elements)
     each = constants["TALL"] * triton.cdiv(down, max(1, PROGRAMS // across))
     return (triton.cdiv(rows, each), across), constants, each
 
 
 def like(images: Tensor, **more: Any) -> Tensor:
+    """Uninitialised, in channels_last."""
     return torch.empty_like(images, memory_format=torch.channels_last, **more)
 
 
@@ -72,7 +69,7 @@ def relu_gradient(gradient: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """What ReLU passes on of the gradient of its `output` (n, channels, h, w), and its sums (channels,)."""
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     rows, channels = matrix(output)
-    grid, constants, each = summing_tiles(rows, channels)
+    grid, constants, each = summing_tiles(rows, channels, ELEMENTS)
     masked = like(output)
     sums = torch.empty((grid[0], channels), device=output.device)
     with torch.cuda.device_of(output):
@@ -204,3 +201,35 @@ def back_to_places(
             KERNEL=kernel, STRIDE=stride, PADDING=padding,
         )  # fmt: skip
     return output, sums.sum(0)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def _pixels_of_blocks(
+    images, output, elements, height, width, tall, wide, DEPTH: tl.constexpr, CHANNELS: tl.constexpr,
+    STRIDE: tl.constexpr, PADDING: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    element = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    within, block = (element % DEPTH).to(tl.int32), (element // DEPTH).to(tl.int32)
+    image, row = block // (tall * wide), block // wide % tall
+    pixel, channel = within // CHANNELS, within % CHANNELS
+    y, x = row * STRIDE + pixel // STRIDE - PADDING, block % wide * STRIDE + pixel % STRIDE - PADDING
+    there = (element < elements) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    there = there & (pixel < STRIDE * STRIDE)
+    place = ((image.to(tl.int64) * height + y) * width + x) * CHANNELS + channel
+    value = tl.load(images + place, there, 0.0)
+    tl.store(output + element, value.to(output.dtype.element_ty), element < elements)
+
+
+def pixels_of_blocks(
+    images: Tensor, sides: tuple[int, int], depth: int, stride: int, padding: int, dtype: torch.dtype
+) -> Tensor:
+    """Blocks of stride x stride pixels (n, channels, h, w) as pixels (n, *sides, depth), zeros around."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    count, channels, height, width = images.shape
+    output = torch.empty((count, *sides, depth), dtype=dtype, device=images.device)
+    with torch.cuda.device_of(images):
+        _pixels_of_blocks[(triton.cdiv(output.numel(), ELEMENTS // 4),)](
+            images, output, output.numel(), height, width, *sides, DEPTH=depth, CHANNELS=channels,
+            STRIDE=stride, PADDING=padding, ELEMENTS=ELEMENTS // 4,
+        )  # fmt: skip
+    return output

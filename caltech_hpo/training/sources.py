@@ -13,7 +13,9 @@ from caltech_hpo.data.augment import AUGMENTATIONS
 from caltech_hpo.data.batches import BatchPlan, Images, batch_sizes, evaluation_batches, training_batches
 from caltech_hpo.data.resident import to_device
 from caltech_hpo.spec import Recipe
+from caltech_hpo.terms import TIMM
 from caltech_hpo.training.architectures import normalization_for
+from caltech_hpo.training.device import resolve_precision
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -39,12 +41,18 @@ class Source(Protocol):
 
 
 def plan_for(recipe: Recipe, device: torch.device) -> BatchPlan:
-    """How the recipe's images become batches; pretrained weights bring their own normalisation."""
+    """How the recipe's images become batches; pretrained weights bring their own normalisation.
+
+    In bf16 a GPU gets them rounded as the first convolution would, where nothing is to be computed before.
+    """
+    rounds = device.type == "cuda" and resolve_precision(recipe.precision, device) == "bf16"
+    computes = recipe.mixup or recipe.cutmix or recipe.erasing or recipe.architecture.startswith(TIMM)
     return BatchPlan(
         recipe.batch_size, recipe.crop, normalization_for(recipe.architecture, recipe.weights), device,
         augmentation=AUGMENTATIONS[recipe.augmentation], smallest_area=recipe.smallest_area,
         color_jitter=recipe.color_jitter, erasing=recipe.erasing, mixup=recipe.mixup,
         cutmix=recipe.cutmix, classes=recipe.classes,
+        dtype=torch.bfloat16 if rounds and not computes else torch.float32,
     )  # fmt: skip
 
 
@@ -65,8 +73,9 @@ class ImageSource:
         return replace(self, plan=replace(self.plan, batch_size=images))
 
     def example(self, count: int) -> Tensor:
-        """(count, 3, crop, crop) float32, channels_last."""
-        zeros = torch.zeros(count, 3, self.plan.crop, self.plan.crop, device=self.plan.device)
+        """(count, 3, crop, crop) of the plan's type, channels_last."""
+        shape = (count, 3, self.plan.crop, self.plan.crop)
+        zeros = torch.zeros(shape, dtype=self.plan.dtype, device=self.plan.device)
         return zeros.contiguous(memory_format=torch.channels_last)
 
     def training(self, order: torch.Generator, draws: torch.Generator, *, start: int = 0) -> Batches:

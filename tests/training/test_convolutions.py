@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from caltech_hpo.training.convolutions import (
     CudaConv2d,
-    Passed,
     choose_convolutions,
     fuse_again,
     space_to_depth,
 )
 from caltech_hpo.training.device import try_algorithms
+from caltech_hpo.training.fused_norms import CudaBatchNorm2d, Passed, PassedPool
 from caltech_hpo.training.models import build_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -64,24 +64,40 @@ def test_blocks_as_channels_are_the_strided_convolution(height, width, kernel, s
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fused", "blocks"), [("alexnet", 5, 1), ("vgg16", 13, 0), ("resnet18", 0, 1)]
+    ("architecture", "convolutions", "norms", "relus", "pools", "blocks"),
+    [
+        ("alexnet", 5, 0, 5, 3, 1),
+        ("vgg16", 13, 0, 13, 5, 0),
+        ("vgg11_bn", 0, 8, 8, 5, 0),
+        ("resnet18", 0, 20, 1, 1, 1),
+        ("resnet50", 0, 53, 1, 1, 1),
+    ],
 )
-def test_what_is_changed_for_a_gpu_computes_the_same_without_one(architecture, fused, blocks):
-    """Names, state and outputs stay: without bf16 autocast on CUDA it is torch's own convolution."""
+def test_what_is_changed_for_a_gpu_computes_the_same_without_one(
+    architecture, convolutions, norms, relus, pools, blocks
+):
+    """Names, state and outputs stay: without bf16 autocast on CUDA it is torch's own layers."""
     model, plain = (build_model(architecture, "none", 3, seed=0).eval() for _ in range(2))
     choose_convolutions(model, architecture, GPU, "fp32")
     choose_convolutions(model, "timm/anything", GPU, "bf16")
-    assert not any(isinstance(module, CudaConv2d) for module in model.modules())
+    assert not any(isinstance(module, (CudaConv2d, CudaBatchNorm2d)) for module in model.modules())
     choose_convolutions(model, architecture, GPU, "bf16")
     choose_convolutions(model, architecture, GPU, "bf16")
     changed = [module for module in model.modules() if isinstance(module, CudaConv2d)]
-    assert sum(module.rectifies for module in changed) == fused
-    assert sum(isinstance(module, Passed) for module in model.modules()) == fused
+    assert sum(module.rectifies for module in changed) == convolutions
     assert sum(module.takes_blocks for module in changed) == blocks
+    for kind, count in ((Passed, relus), (PassedPool, pools), (CudaBatchNorm2d, norms)):
+        assert sum(isinstance(module, kind) for module in model.modules()) == count
     assert list(model.state_dict()) == list(plain.state_dict())
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         assert torch.equal(model(images), plain(images))
+    for one in (model.train(), plain.train()):
+        torch.manual_seed(0)  # dropouts
+        one(images).square().sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad), name
+    assert all(torch.equal(*pair) for pair in zip(model.buffers(), plain.buffers(), strict=True))
 
 
 def test_others_stay_as_they_are():
