@@ -195,8 +195,8 @@ def run_reporters(place: Place, workers: int, seconds: float, sampler: str, bars
 
 def run_speed(
     measured: Measurements, study: str | None, place: Place, values: list[Hyperparameters], device: str,
-    seconds: float | None, rounds: int | None, batch_size: int | None, workers: str | None, skip_unreadable: bool,
-    bars: ProgressBars,
+    seconds: float | None, rounds: int | None, batch_size: int | None, workers: str | None,
+    skip_unreadable: bool, bars: ProgressBars,
 ) -> None:  # fmt: skip
     """Adds the rows of each recipe, of decoding, and of each number of workers; on the images of `study`."""
     from caltech_hpo.data.dataset import scan
