@@ -5,7 +5,9 @@ As a program it runs all cases on the CPU; TRITON_INTERPRET=1 must be set before
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from unittest import mock
 
 import torch
 from torch import nn
@@ -164,6 +166,71 @@ def check_blocks(device, dtype):
         assert dtype != torch.float32 or torch.equal(found[..., :real], expected)
 
 
+@contextlib.contextmanager
+def fused_without_a_gpu():
+    """The fused modules go their ways for a GPU, in float32; what only CUDA has is made of plain parts."""
+    room = "caltech_hpo.training"
+
+    def convolution_relu(images, weight, bias, stride, padding, dilation, groups):
+        return functional.conv2d(images, weight, bias, stride, padding, dilation, groups).relu()
+
+    real_mm = torch.mm
+    with contextlib.ExitStack() as stack:
+        for name in ("convolutions", "fused_norms", "linear"):
+            stack.enter_context(mock.patch(f"{room}.{name}.runs_fused", lambda _: True))
+        for name in ("convolutions", "fused_norms"):
+            stack.enter_context(mock.patch(f"{room}.{name}.kernels_run", lambda _: True))
+        stack.enter_context(mock.patch(f"{room}.linear.LARGE", 0))
+        stack.enter_context(mock.patch("torch.get_autocast_dtype", lambda _: torch.float32))
+        stack.enter_context(mock.patch("torch.cudnn_convolution_relu", convolution_relu))
+        stack.enter_context(mock.patch("torch.mm", lambda one, other, out_dtype: real_mm(one, other)))
+        yield
+
+
+def check_models():
+    """Whole models: outputs, all gradients and statistics, and outputs when they are only scored."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    from caltech_hpo.training.convolutions import choose_convolutions
+
+    def with_bias():
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2, 2),
+            nn.Conv2d(32, 24, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(24 * 9, 32), nn.ReLU(), nn.Linear(32, 5),
+        )  # fmt: skip
+
+    def residual(block):
+        return ResNet(block, [1, 1, 1, 1], num_classes=5)
+
+    makers = (with_bias, lambda: residual(BasicBlock), lambda: residual(Bottleneck))
+    given = images((4, 3, 37, 37), torch.float32, "cpu")
+    for make in makers:
+        torch.manual_seed(0)
+        plain = make().to(memory_format=torch.channels_last)
+        fused = copy.deepcopy(plain)
+        with fused_without_a_gpu():
+            choose_convolutions(fused, "alexnet", torch.device("cuda"), "bf16")
+            output = fused(given)
+            output.square().sum().backward()
+            fused.eval()
+            with torch.no_grad():
+                scored = fused(given)
+        expected = plain(given)
+        expected.square().sum().backward()
+        assert torch.allclose(output, expected, atol=1e-4, rtol=1e-4)
+        for (name, mine), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+            off = float((mine.grad - theirs.grad).norm() / theirs.grad.norm())
+            assert off < 1e-3, (make, name, off)
+        for mine, theirs in zip(fused.buffers(), plain.buffers(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(scored, plain.eval()(given), atol=1e-4, rtol=1e-3)
+    return len(makers)
+
+
 def check_all(device, shapes=SHAPES, types=TYPES):
     """Every case; returns how many."""
     count = 0
@@ -183,4 +250,4 @@ def check_all(device, shapes=SHAPES, types=TYPES):
 
 
 if __name__ == "__main__":
-    print(check_all(torch.device("cpu"), SHAPES[:2]))
+    print(check_all(torch.device("cpu"), SHAPES[:2]) + check_models())

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caltech_hpo.cli.bench_tables import overhead_table, reports_table, speed_line, speed_table
+from caltech_hpo.cli.bench_tables import (
+    machine,
+    overhead_table,
+    reports_table,
+    rows_json,
+    speed_line,
+    speed_table,
+)
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -250,22 +256,3 @@ def worker_counts(text: str) -> list[int]:
             f"--workers {text}: not whole numbers above 0", f"write for example --workers {ON_A_GPU}"
         )
     return counts
-
-
-def rows_json(found: Measurements) -> list[dict[str, Any]]:
-    """One list of rows; `phase` says of what: train, eval, epoch, study or cache."""
-    rows = [{**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor} for row in found.speeds]
-    rows += [{"phase": "study", **asdict(row)} for row in found.studies]
-    if found.cache is not None:
-        rows.append({"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core})
-    return rows
-
-
-def machine() -> str:
-    """Processor cores and the versions that matter."""
-    from importlib.metadata import version
-
-    from caltech_hpo.data.decode import usable_cores
-
-    python, torch = platform.python_version(), version("torch")
-    return f"{usable_cores()} CPU cores ({platform.machine()}), Python {python}, torch {torch}"

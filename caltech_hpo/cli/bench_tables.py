@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
@@ -97,3 +99,22 @@ def reports_table(measured: ReportsHeld) -> Group:
         f"{measured.database}, {measured.sampler} sampler, {measured.trials:,} trials begun"
     )
     return Group(table, note)
+
+
+def rows_json(found: Measurements) -> list[dict[str, Any]]:
+    """One list of rows; `phase` says of what: train, eval, epoch, study or cache."""
+    rows = [{**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor} for row in found.speeds]
+    rows += [{"phase": "study", **asdict(row)} for row in found.studies]
+    if found.cache is not None:
+        rows.append({"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core})
+    return rows
+
+
+def machine() -> str:
+    """Processor cores and the versions that matter."""
+    from importlib.metadata import version
+
+    from caltech_hpo.data.decode import usable_cores
+
+    python, torch = platform.python_version(), version("torch")
+    return f"{usable_cores()} CPU cores ({platform.machine()}), Python {python}, torch {torch}"

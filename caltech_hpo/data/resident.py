@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from caltech_hpo.data.cache import LabeledImages
 
 BYTES_A_PIXEL = 3
+PIECE = 1 << 24  # pixels that are copied to the device at a time
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -134,7 +134,16 @@ def make_resident(data: LabeledImages, device: torch.device) -> ResidentImages:
     counts = sizes.prod(1)
     starts = counts.cumsum(0) - counts
     pixels = torch.empty((int(counts.sum()), BYTES_A_PIXEL), dtype=torch.uint8, device=device)
-    for image, start, count in zip(data.images, starts.tolist(), counts.tolist(), strict=True):
-        # a copy, since torch would warn of the read-only map
-        pixels[start : start + count] = torch.from_numpy(np.array(image)).view(-1, BYTES_A_PIXEL)
+    # in few pieces, from memory that a GPU copies from by itself
+    piece = min(len(pixels), max([PIECE, *counts.tolist()]))
+    staging = torch.empty((piece, BYTES_A_PIXEL), dtype=torch.uint8)
+    staging = staging.pin_memory() if device.type == "cuda" else staging
+    first = filled = 0
+    for image, count in zip(data.images, counts.tolist(), strict=True):
+        if filled + count > len(staging):
+            pixels[first : first + filled] = staging[:filled]
+            first, filled = first + filled, 0
+        staging[filled : filled + count].numpy()[:] = image.reshape(-1, BYTES_A_PIXEL)
+        filled += count
+    pixels[first : first + filled] = staging[:filled]
     return ResidentImages(pixels, starts, sizes, torch.from_numpy(data.labels).to(device))

@@ -16,7 +16,7 @@ from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
 
-DECODED = 1000
+DECODED = 500  # images a core: the processes that decode take a while to start
 WARMING = 15  # times the seconds that are measured: what the first epochs may take
 
 
@@ -102,7 +102,7 @@ class Measurements:
 
 def measure_cache(index: DatasetIndex, resize: int, cache: Path, progress: Progress) -> CacheSpeed:
     """Decodes some training images once more, elsewhere; opens the cache that is there."""
-    some = index.training[:DECODED]
+    some = index.training[: DECODED * usable_cores()]
     with tempfile.TemporaryDirectory(dir=cache) as name:
         begin = time.perf_counter()
         build_cache(

@@ -163,7 +163,8 @@ def gradients(recipe: Recipe, prepared: Prepared, inputs: Tensor, labels: Tensor
     losses = []
     for some, truth in zip(inputs.tensor_split(pieces), labels.tensor_split(pieces), strict=True):
         with autocast(device, precision):
-            loss = nn.functional.cross_entropy(model(some), truth, label_smoothing=recipe.label_smoothing)
+            logits = model(some).float()  # CUDA's autocast would leave the softmax in bf16
+            loss = nn.functional.cross_entropy(logits, truth, label_smoothing=recipe.label_smoothing)
             loss = loss * (len(truth) / len(labels)) if pieces > 1 else loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())

@@ -56,6 +56,14 @@ def test_evaluation_is_the_same_and_splits_concatenate():
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("piece", [1, 1500, 4000])
+def test_images_are_copied_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr("caltech_hpo.data.resident.PIECE", piece)
+    data = noise()
+    copied = make_resident(data, CPU).pixels
+    assert torch.equal(copied, torch.from_numpy(np.concatenate([one.reshape(-1, 3) for one in data.images])))
+
+
 @settings(deadline=None, max_examples=60)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), crop=st.integers(2, 64), seed=st.integers(0, 99))
 def test_a_resize_agrees_with_pillow(height, width, crop, seed):
