@@ -24,7 +24,7 @@ from caltech_hpo.search.messages import (
     Refused,
     WorkerConfig,
 )
-from caltech_hpo.search.spawning import Target, run_worker, spawn
+from caltech_hpo.search.spawning import Early, Target, run_worker, spawn
 
 ATTEMPTS = 3  # at starting a worker
 TOO_MANY_LOSSES = (
@@ -95,17 +95,22 @@ class ProcessExecutor:
 
     def __init__(
         self, config: WorkerConfig | None, workers: int, target: Target | None = None,
-        progress: Progress | None = None,
+        progress: Progress | None = None, early: Early | None = None,
     ) -> None:  # fmt: skip
         """Starts the workers and waits until all are ready. Raises what a worker refuses with.
 
-        `target` takes the place of `worker_main`, to measure what is not training.
+        `target` takes the place of `worker_main`, to measure what is not training. Takes over, out of the
+        list, those that were `started_early`.
         """
         self._config, self._target = config, target or run_worker
         self._workers: list[_Worker] = []
         self._ready: list[Any] = []  # connections that have something to say, each to be read once
         try:
-            self._workers = [self._spawn() for _ in range(workers)]
+            while early and len(self._workers) < workers:
+                self._workers.append(_Worker(*early.pop()))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `_started` sees its end
+                    self._workers[-1].connection.send(config)
+            self._workers += [self._spawn() for _ in range(workers - len(self._workers))]
             self.ready, *_ = [self._started(index, progress) for index in range(workers)]
         except BaseException:
             self.close()

@@ -24,6 +24,7 @@ from caltech_hpo.search.request import (
     sharing,
     silent,
 )
+from caltech_hpo.search.spawning import Early, started_early
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_checks import without_effect
@@ -112,16 +113,18 @@ def open_search(
             if finished >= request.trials:
                 yield Search(spec, trial_records(stored), iter(()))
                 return
-        index = scan(locate_data(spec, place, progress=progress, say=say))
-        if stored is not None:
-            check_unchanged(
-                stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
-            )
-        yield from _run(request, place, spec, index, finished, check_lock, progress, say, stop)
+        workers = min(request.workers, request.trials - finished)
+        with started_early(workers if request.cluster is None else 0) as early:
+            index = scan(locate_data(spec, place, progress=progress, say=say))
+            if stored is not None:
+                check_unchanged(
+                    stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
+                )
+            yield from _run(request, place, spec, index, workers, early, check_lock, progress, say, stop)
 
 
 def _run(
-    request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, finished: int,
+    request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, workers: int, early: Early,
     check_lock: Check, progress: Progress | None, say: Say, stop: Callable[[], bool],
 ) -> Iterator[Search]:  # fmt: skip
     from caltech_hpo.data.loading import left_out, load_search_data
@@ -140,7 +143,6 @@ def _run(
         say(missing)
     storage = open_storage(place.storage)
     use_safe_journal(storage.engine)
-    workers = min(request.workers, request.trials - finished)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")
     with open_executor(
         most_demanding(spec),
@@ -153,6 +155,7 @@ def _run(
         cluster=request.cluster,
         mark=place.home / f".{request.study}.shared",
         progress=progress,
+        early=early,
     ) as executor:
         study = open_study(
             storage, request.study, spec, index.fingerprint,
@@ -205,10 +208,11 @@ def open_executor(
     cluster: Cluster | None = None,
     mark: Path | None = None,
     progress: Progress | None = None,
+    early: Early | None = None,
 ) -> Iterator[Executor]:
     """Local worker processes, or those of a cluster (by `mark` they see whether folders are shared).
 
-    They are ended on leaving.
+    They are ended on leaving. Local ones are first those that were started `early`.
 
     Each has the cores of one of `share` (None: of `workers`): a trial that goes on when there are fewer
     workers computes with as many threads as before, or its sums would be rounded otherwise.
@@ -221,7 +225,7 @@ def open_executor(
     config = WorkerConfig(data, device, threads, recipe, features, workers, memory)
     executor: Executor
     if cluster is None:
-        executor = ProcessExecutor(config, workers, progress=progress)
+        executor = ProcessExecutor(config, workers, progress=progress, early=early)
     else:
         from caltech_hpo.search.ray_executor import RayExecutor
 

@@ -22,6 +22,7 @@ GLIBC_TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
 )
 Target = Callable[[Connection, Any], None]
+Early = list[tuple[SpawnProcess, Connection]]
 
 
 def spawn(target: Target, config: WorkerConfig | None) -> tuple[SpawnProcess, Connection]:
@@ -38,8 +39,22 @@ def spawn(target: Target, config: WorkerConfig | None) -> tuple[SpawnProcess, Co
     return process, ours
 
 
-def run_worker(connection: Connection, config: WorkerConfig) -> None:
-    """`worker_main`, imported where it runs: the supervisor needs no torch.
+@contextlib.contextmanager
+def started_early(workers: int) -> Iterator[Early]:
+    """Workers that import what they need and wait for their config; those that nobody takes are ended."""
+    started = [spawn(run_worker, None) for _ in range(workers)]
+    try:
+        yield started
+    finally:
+        for process, _ in started:
+            process.kill()
+        for process, connection in started:
+            process.join()
+            connection.close()
+
+
+def run_worker(connection: Connection, config: WorkerConfig | None) -> None:
+    """`worker_main`, imported where it runs: the supervisor needs no torch. A config of None is sent later.
 
     Importing torch and torchvision makes 330,000 objects that stay. Looking for garbage among them took a
     fifth of a worker's start, taking them all apart at its end another fifth (n = 4): nothing is collected
@@ -48,7 +63,8 @@ def run_worker(connection: Connection, config: WorkerConfig) -> None:
     gc.disable()
     from caltech_hpo.search.worker import worker_main
 
-    worker_main(connection, config)
+    with contextlib.suppress(EOFError):  # nobody takes it any more
+        worker_main(connection, config or connection.recv())
     connection.close()
     sys.stdout.flush()
     sys.stderr.flush()

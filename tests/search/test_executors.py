@@ -32,6 +32,7 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
+from caltech_hpo.search.spawning import started_early
 from caltech_hpo.search.worker import worker_main
 from caltech_hpo.spec import Hyperparameters, Recipe
 
@@ -98,6 +99,20 @@ def test_inline_and_processes_train_alike(config, tmp_path):
             assert executor.free == 1
     finally:
         local.close()
+
+
+def test_workers_that_were_started_early_are_taken_or_ended(config):
+    """One that died meanwhile has a successor; those that nobody takes do not stay."""
+    with started_early(3) as early:
+        processes = [process for process, _ in early]
+        early[-1][0].kill()
+        executor = ProcessExecutor(config, 2, early=early)
+        try:
+            assert len(early) == 1 and early[0][0].is_alive()
+            assert scores(play(executor, Job(0, recipe())))
+        finally:
+            executor.close()
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_in_mid_epoch_a_worker_says_where_it_is(config):
