@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from caltech_hpo.data.dataset import Sample
@@ -30,6 +30,7 @@ from caltech_hpo.errors import DataError, UnreadableImagesError
 Progress = Callable[[str, int, int], None]
 
 MAGIC = b"CHPOPIX1"
+WAIT = 2.0  # seconds between two words of a program that waits for another
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build_cache(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cache_key(root, samples, resize)}.pixels"
     if not is_whole(path):
-        with FileLock(path.with_suffix(".lock")):
+        with _lock(path.with_suffix(".lock"), label, len(samples), progress):
             if not is_whole(path):
                 _write_cache(path, root, samples, resize, label, progress)
     unreadable: dict[str, str] = read_index(path)["unreadable"]
@@ -86,6 +87,22 @@ def build_cache(
             "replace or remove them, or go on without them: --skip-unreadable",
         )
     return path
+
+
+@contextlib.contextmanager
+def _lock(file: Path, label: str, images: int, progress: Progress | None) -> Iterator[None]:
+    """The lock on a cache file; whoever waits for another program hears why."""
+    lock = FileLock(file)
+    while True:
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=WAIT)
+            break
+        if progress:
+            progress(f"waiting for another program that decodes these {label} images", 0, images)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_cache(

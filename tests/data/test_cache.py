@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import write_folders, write_image
 from PIL import Image
 
@@ -193,6 +194,24 @@ def test_two_processes_may_race(folders, tmp_path):
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     answers = {process.communicate(timeout=60)[0] for process in running}
     assert len(answers) == 1 and answers.pop().strip().endswith(" 9")
+
+
+def test_whoever_waits_for_another_program_hears_why(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "WAIT", 0.05)
+    index = scan(folders)
+    path = tmp_path / f"{cache.cache_key(folders, index.training, 32)}.lock"
+    other = FileLock(path)
+    other.acquire()
+    said = []
+
+    def progress(*what):
+        said.append(what)
+        if len(said) == 2:
+            other.release()
+
+    build(index, tmp_path, progress=progress)
+    assert said[:2] == [("waiting for another program that decodes these training images", 0, 9)] * 2
+    assert said[2] == ("decoding training images", 1, 9)
 
 
 def test_splits_have_files_of_their_own(folders, tmp_path):
