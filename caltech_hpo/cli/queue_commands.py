@@ -140,6 +140,8 @@ def status(
 
 
 def _status(made: Status) -> RenderableType:
+    from caltech_hpo.study_files import base_name
+
     queue = table_of(
         ["submission", "study", "trials", "state", "by", "since (UTC)", "note"],
         [_queued(one) for one in made.queue],
@@ -168,7 +170,11 @@ def _status(made: Status) -> RenderableType:
         parts.append(escape(f"serve: {made.served_by}"))
     elif any(not one.ended for one in made.queue):
         parts.append(NO_SERVE)
-    return Group(*parts, *([studies] if made.studies else []))
+    parts += [studies] if made.studies else []
+    training = [(f"confirm of {one.study}", one.confirmed_by) for one in made.studies]
+    training += [(f"final of {base_name(one.study)}", one.final_by) for one in made.studies]
+    parts += [escape(f"{what}: {who}") for what, who in dict.fromkeys(training) if who]
+    return Group(*parts)
 
 
 def _queued(one: Submission) -> list[str]:

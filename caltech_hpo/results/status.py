@@ -9,11 +9,12 @@ from optuna.trial import TrialState
 
 from caltech_hpo.results.work_queue import Submission, submissions
 from caltech_hpo.search.changes import SPEC_ATTR
-from caltech_hpo.search.locks import SERVE, holders_of
+from caltech_hpo.search.locks import CONFIRM, FINAL, SERVE, holders_of
 from caltech_hpo.search.records import TrialRecord, trial_record
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_existing, study_names
 from caltech_hpo.spec import Frozen
+from caltech_hpo.study_files import base_name
 
 
 class RunningTrial(Frozen):
@@ -29,6 +30,7 @@ class StudyStatus(Frozen):
     """A study's trials by state, and the best complete one's accuracy, 0 to 1.
 
     `searched_by` is the process that searches it: without one, `running` trials wait for the next search.
+    `confirmed_by` and `final_by` are those of the two other commands that train (`final` of NAME or any NAME@2).
     """
 
     study: str
@@ -38,6 +40,8 @@ class StudyStatus(Frozen):
     best: float | None
     running: tuple[RunningTrial, ...]
     searched_by: str | None
+    confirmed_by: str | None = None
+    final_by: str | None = None
 
 
 class Status(Frozen):
@@ -57,15 +61,16 @@ def read_status(place: Place, *, ended: int = 5) -> Status:
     if storage is None:
         return Status(served_by=None, queue=shown, studies=())
     names = study_names(storage)
-    holders = holders_of(place.storage, place.home, [SERVE, *names])
-    studies = [_status(storage, name, holders.get(name)) for name in names]
+    locks = [lock for name in names for lock in (name, CONFIRM + name, FINAL + base_name(name))]
+    holders = holders_of(place.storage, place.home, [SERVE, *locks])
+    studies = [_status(storage, name, holders) for name in names]
     return Status(
         served_by=holders.get(SERVE), queue=shown,
         studies=tuple(study for study in studies if study is not None),
     )  # fmt: skip
 
 
-def _status(storage: RDBStorage, name: str, searched_by: str | None) -> StudyStatus | None:
+def _status(storage: RDBStorage, name: str, holders: dict[str, str]) -> StudyStatus | None:
     """Counted by the database, so that a long study can be watched; None for other programs' studies."""
     study_id = storage.get_study_id_from_name(name)
     if SPEC_ATTR not in storage.get_study_user_attrs(study_id):
@@ -81,7 +86,9 @@ def _status(storage: RDBStorage, name: str, searched_by: str | None) -> StudySta
         best_trial=best.number if best else None,
         best=best.value if best else None,
         running=tuple(_running(trial_record(trial)) for trial in running),
-        searched_by=searched_by,
+        searched_by=holders.get(name),
+        confirmed_by=holders.get(CONFIRM + name),
+        final_by=holders.get(FINAL + base_name(name)),
     )
 
 

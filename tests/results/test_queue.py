@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ import pytest
 from commands import COMMAND, answer, environment, here
 from helpers import write_folders
 from made_studies import searched
+from rich.console import Console
 from typer.testing import CliRunner
 
 from caltech_hpo.errors import SpecError, UsageError
@@ -26,7 +28,7 @@ from caltech_hpo.results.work_queue import (
     submissions,
     submit,
 )
-from caltech_hpo.search.locks import study_lock
+from caltech_hpo.search.locks import confirm_lock, final_lock, study_lock
 from caltech_hpo.search.request import Place
 from caltech_hpo.search.storage import open_storage
 from caltech_hpo.search.urls import default_url
@@ -132,6 +134,23 @@ def test_status_shows_queue_and_studies(place):
     assert [one.id for one in made.queue] == [2, 3, 4, 5, 6, 7, 8]  # of those that have ended, the last five
     (study,) = made.studies
     assert (study.study, study.finished, study.best_trial, study.running) == ("demo", 3, 2, ())
+
+
+def test_status_says_who_confirms_and_who_takes_the_test_score(place):
+    from caltech_hpo.cli.queue_commands import _status
+
+    searched(place.home, lambda trial, epoch: 0.1, trials=1)
+    (study,) = read_status(place).studies
+    assert (study.searched_by, study.confirmed_by, study.final_by) == (None, None, None)
+    with confirm_lock(place.storage, place.home, "demo"), final_lock(place.storage, place.home, "demo@2"):
+        made = read_status(place)
+    (study,) = made.studies
+    assert study.searched_by is None
+    assert f"process {os.getpid()} on " in study.confirmed_by and study.final_by
+    console = Console(width=200, record=True)
+    console.print(_status(made))
+    shown = console.export_text()
+    assert "confirm of demo: process" in shown and "final of demo: process" in shown
 
 
 def test_a_study_may_be_called_serve(place):
