@@ -30,7 +30,7 @@ class StudyStatus(Frozen):
     """A study's trials by state, and the best complete one's accuracy, 0 to 1.
 
     `searched_by` is the process that searches it: without one, `running` trials wait for the next search.
-    `confirmed_by` and `final_by` are those of the two other commands that train (`final` of NAME or any NAME@2).
+    `confirmed_by` and `final_by` are those of the other commands that train; NAME and NAME@2 share `final`.
     """
 
     study: str
