@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from caltech_hpo.ranges import SEARCHABLE, Choices, Dimension, FloatRange, IntRange
-from caltech_hpo.spec import FIELD_CHECKS, Hyperparameters
+from caltech_hpo.spec import FIELD_CHECKS, Hyperparameters, StudySpec
 from caltech_hpo.terms import SMALLEST_ALPHA
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -83,6 +83,32 @@ def without_effect(recipe: Hyperparameters, space: dict[str, Dimension]) -> list
             for name, freezes in frozen.items()
             if freezes
         ]
+    return found
+
+
+def warnings_of(spec: StudySpec) -> list[str]:
+    """What of a study file has no effect, a line each; nothing in a line keeps the study from running."""
+    pruner, longest = spec.pruner, spec.most_epochs
+    compares = pruner.name in ("median", "percentile")
+    rules = [
+        ("pruner", "warmup_epochs", pruner.name != "none", pruner.name),
+        ("pruner", "compare_at", pruner.name != "none", pruner.name),
+        ("pruner", "startup_trials", compares, pruner.name),
+        ("pruner", "percentile", pruner.name == "percentile", pruner.name),
+        ("pruner", "reduction_factor", pruner.name == "hyperband", pruner.name),
+        ("sampler", "startup_trials", spec.sampler.name != "random", spec.sampler.name),
+    ]
+    found = without_effect(spec.recipe, spec.space)
+    found += [
+        f'{table}.{field} has no effect: {table}.name = "{name}"'
+        for table, field, used, name in rules
+        if not used and field in getattr(spec, table).model_fields_set
+    ]
+    if pruner.name != "none" and pruner.warmup_epochs >= longest:
+        found.append(
+            f"pruner.warmup_epochs = {pruner.warmup_epochs} leaves nothing to prune: no trial has more than "
+            f"{longest} epochs"
+        )
     return found
 
 

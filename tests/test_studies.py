@@ -14,7 +14,7 @@ from caltech_hpo.errors import SpecError, UsageError
 from caltech_hpo.ranges import Choices, FloatRange, IntRange
 from caltech_hpo.search.request import with_own_sizes
 from caltech_hpo.spec import Hyperparameters, Recipe
-from caltech_hpo.study_checks import without_effect
+from caltech_hpo.study_checks import warnings_of, without_effect
 from caltech_hpo.study_files import complete_params, load_study, parse_study, read_study, study_files
 
 BUILT_IN = {
@@ -47,7 +47,7 @@ def parse(text: str):
 def test_built_in_studies_load_and_say_how_to_run_them(name):
     spec = load_study(name)
     assert f"caltech-hpo search --study {name}" in spec.about
-    assert not without_effect(spec.recipe, spec.space)
+    assert not warnings_of(spec)
     for row in spec.baselines:
         params = complete_params(spec, row.params)
         assert all(spec.space[key].contains(value) for key, value in params.items())
@@ -253,6 +253,24 @@ def test_what_no_trial_would_use_is_named(fixed, searched, found):
     recipe = Hyperparameters(architecture="alexnet", **fixed)
     space = {name: Choices(choices=choices) for name, choices in searched.items()}
     assert [line.split(" ")[0] for line in without_effect(recipe, space)] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", []),
+        ('[pruner]\nname = "median"\nwarmup_epochs = 29\nstartup_trials = 2', []),
+        ("[pruner]\nwarmup_epochs = 30", ["pruner.warmup_epochs"]),
+        ('[pruner]\nname = "none"\nwarmup_epochs = 50', ["pruner.warmup_epochs"]),
+        ('[pruner]\nname = "median"\npercentile = 30', ["pruner.percentile"]),
+        ('[pruner]\nname = "hyperband"\nstartup_trials = 3', ["pruner.startup_trials"]),
+        ('[pruner]\nname = "percentile"\nreduction_factor = 4', ["pruner.reduction_factor"]),
+        ('[sampler]\nname = "random"\nstartup_trials = 3', ["sampler.startup_trials"]),
+        ("epochs = { low = 5, high = 10 }", ["pruner.warmup_epochs"]),  # the default of 10
+    ],
+)
+def test_settings_of_pruner_and_sampler_that_never_act_are_named(text, found):
+    assert [line.split(" ")[0] for line in warnings_of(parse(MINIMAL + text))] == found
 
 
 def test_sizes_that_do_not_fit_timms_own_are_refused(tmp_path):

@@ -44,7 +44,7 @@ def study_json(spec: StudySpec, stored: str, source: str, database: RDBStorage |
     """What is declared of a study, and what the database holds under the name `stored`."""
     from caltech_hpo.search.records import best_record, finished_count, trial_records
     from caltech_hpo.search.storage import find_study
-    from caltech_hpo.study_checks import without_effect
+    from caltech_hpo.study_checks import warnings_of
 
     study = find_study(database, stored)
     records = trial_records(study) if study else []
@@ -55,7 +55,7 @@ def study_json(spec: StudySpec, stored: str, source: str, database: RDBStorage |
         "sampler": spec.sampler.model_dump(mode="json"), "pruner": spec.pruner.model_dump(mode="json"),
         "baselines": [row.model_dump(mode="json") for row in spec.baselines], "spec_hash": spec.hash,
         "trials": len(records), "finished": finished_count(records),
-        "best": record_json(best_record(records)), "warnings": without_effect(spec.recipe, spec.space),
+        "best": record_json(best_record(records)), "warnings": warnings_of(spec),
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from caltech_hpo.search.request import (
 from caltech_hpo.search.spawning import Early, started_early
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
-from caltech_hpo.study_checks import without_effect
+from caltech_hpo.study_checks import warnings_of
 from caltech_hpo.study_files import complete_params
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def open_search(
     from caltech_hpo.search.supervisor import FINISHED
 
     spec = resolve_spec(request)
-    for warning in without_effect(spec.recipe, spec.space):
+    for warning in warnings_of(spec):
         say(f"warning: {warning}")
     with search_lock(place.storage, place.home, request.study) as check_lock:
         stored = find_study(open_existing(place.storage), request.study)

@@ -16,7 +16,7 @@ from caltech_hpo.errors import UsageError
 from caltech_hpo.search.request import Place, check_enqueued
 from caltech_hpo.search.run import locate_data
 from caltech_hpo.search.scaffold import Facts, check_name, facts_of, parsed, study_text
-from caltech_hpo.study_checks import without_effect
+from caltech_hpo.study_checks import warnings_of
 from caltech_hpo.study_files import read_study
 
 
@@ -33,7 +33,7 @@ def test_every_file_is_a_study_whose_fields_all_count(
     spec = parsed("mine", text)
     assert spec.recipe.architecture == model and spec.folder == "/data/x" and spec.data == "folder"
     assert (spec.recipe.init == "kaiming") == (scratch and model == "alexnet")
-    assert not without_effect(spec.recipe, spec.space)
+    assert not warnings_of(spec)
     check_enqueued(spec, {"learning_rate": 0.01})  # [recipe] has the rest
     assert all("\n" not in line and (not line or line[0] != " ") for line in text.splitlines())
 
