@@ -11,7 +11,7 @@ COLORS = 3
 ELEMENTS = 2048  # that a program makes: a few rows of a crop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _normalized_crops(
     pixels, drawn, mean, std, output, images, crop, COLORS: tl.constexpr, ELEMENTS: tl.constexpr
 ):  # fmt: skip

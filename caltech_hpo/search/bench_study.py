@@ -16,7 +16,7 @@ from caltech_hpo.search.request import Place, SearchRequest
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
 
-DECODED = 500  # images a core: the processes that decode take a while to start
+DECODED = 500  # images a core: threads take a while to start
 WARMING = 15  # times the seconds that are measured: what the first epochs may take
 
 

@@ -94,7 +94,7 @@ def open_search(
 
     Once `stop` says True the events end soon, and the running trials wait for the next search.
 
-    Refuses before any work: faulty specs, a changed study, a study that another search holds,
+    Refuses before any training: faulty specs, a changed study, a study that another search holds,
     missing data, unreadable images, missing weights.
     """
     from caltech_hpo.search.records import trial_records

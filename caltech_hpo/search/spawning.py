@@ -42,8 +42,10 @@ def spawn(target: Target, config: WorkerConfig | None) -> tuple[SpawnProcess, Co
 @contextlib.contextmanager
 def started_early(workers: int) -> Iterator[Early]:
     """Workers that import what they need and wait for their config; those that nobody takes are ended."""
-    started = [spawn(run_worker, None) for _ in range(workers)]
+    started: Early = []
     try:
+        for _ in range(workers):
+            started.append(spawn(run_worker, None))
         yield started
     finally:
         for process, _ in started:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from caltech_hpo.training import gpu_kernels
-from caltech_hpo.training.gpu_kernels import Pools, largest, like, matrix, summing_tiles, tiles
+from caltech_hpo.training.gpu_kernels import Pools, in_rows, largest, like, matrix, summing_tiles, tiles
 from caltech_hpo.training.norm_kernels import (
     FEW,
     PARTS,
@@ -36,7 +36,7 @@ class BatchNorm(torch.autograd.Function):
         running_variance: Tensor, counted: Tensor, epsilon: float, momentum: float, rectifies: bool,
         pools: Pools | None,
     ) -> Tensor:  # fmt: skip
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = in_rows(images)
         rows, channels = matrix(images)
         grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
         sums = torch.empty((2, grid[0], channels), device=images.device)
@@ -56,7 +56,7 @@ class BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         images, stats, kept = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient = in_rows(gradient)
         rows, channels = matrix(images)
         kernel, stride, padding = ctx.pools or (0, 1, 0)
         grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
@@ -92,9 +92,10 @@ def normalized(
     """
     if pools:
         return largest(images, pools, stats)
+    images = in_rows(images)
     rows, channels = matrix(images)
     if summand is not None:
-        summand = summand.contiguous(memory_format=torch.channels_last)
+        summand = in_rows(summand)
     output = like(images)
     grid, constants = tiles(rows, channels, gpu_kernels.ELEMENTS)
     with torch.cuda.device_of(images):

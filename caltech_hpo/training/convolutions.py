@@ -21,6 +21,7 @@ from caltech_hpo.training.fused_norms import (
     fuse_norms,
     plain_pooling,
     runs_fused,
+    used_once,
 )
 from caltech_hpo.training.linear import widen_gradients
 
@@ -97,9 +98,9 @@ class CudaConv2d(nn.Conv2d):
                     images, weight, self.bias, stride, padding, pools, kernels
                 )
                 return fused if pools or not self.pools else functional.max_pool2d(fused, *self.pools)
-            except (
-                RuntimeError
-            ):  # no engine of this cuDNN on this GPU, or no memory: then the plain one says so
+            except torch.OutOfMemoryError:  # unfused, it would keep more
+                raise
+            except RuntimeError:  # no engine of this cuDNN on this GPU, or for want of memory
                 self.fusing = False
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._then(functional.conv2d(images, weight, bias, stride, padding))
@@ -163,14 +164,16 @@ class _ConvolutionReLU(torch.autograd.Function):
 def fuse_with_relu(model: nn.Module) -> None:
     """Makes CudaConv2d of what precedes a ReLU in a sequence, and of strided convolutions of few channels."""
     modules: list[Any] = list(model.modules())
+    once = used_once(model)
     for parent in modules:
         children: list[Any] = list(parent) if type(parent) is nn.Sequential else []
-        for module, following, last in zip(children, children[1:], [*children[2:], None], strict=False):
-            if _is_plain(module) and module.bias is not None and type(following) is nn.ReLU:
-                module.__class__, following.__class__ = CudaConv2d, Passed
+        for module, relu, pooling in zip(children, children[1:], [*children[2:], None], strict=False):
+            alone = id(module) in once and id(relu) in once
+            if alone and _is_plain(module) and module.bias is not None and type(relu) is nn.ReLU:
+                module.__class__, relu.__class__ = CudaConv2d, Passed
                 module.rectifies = True
-                if (pools := plain_pooling(last)) is not None:
-                    last.__class__, module.pools = PassedPool, pools
+                if id(pooling) in once and (pools := plain_pooling(pooling)) is not None:
+                    pooling.__class__, module.pools = PassedPool, pools
     for module in modules:
         if _is_plain(module) and _takes_blocks(module):
             module.__class__ = CudaConv2d

@@ -21,9 +21,14 @@ class StepGraph:
     steps go on as they are.
     """
 
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
-        """`step` takes inputs (n, ...) and labels (n, ...) and includes the optimizer's."""
-        self._step, self._optimizer = step, optimizer
+    def __init__(
+        self, step: Step, optimizer: torch.optim.Optimizer, given_up: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        """`step` takes inputs (n, ...) and labels (n, ...) and includes the optimizer's.
+
+        `given_up` is called where a recording found too little memory.
+        """
+        self._step, self._optimizer, self._given_up = step, optimizer, given_up
         self._plain_steps: float = PLAIN_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -65,6 +70,7 @@ class StepGraph:
         self._plain_steps = float("inf")
         del graph, self._inputs, self._labels
         torch.cuda.empty_cache()
+        self._given_up()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from caltech_hpo.data.batches import BatchPlan, Images
 from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.kernel_check import kernels_run
 from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import Precision
@@ -92,6 +93,7 @@ def feature_key(
         state, pixels, view, recipe.crop, plan.normalization.mean, plan.normalization.std, precision,
         plan.device.type, torch.__version__, timm_version(recipe.architecture),
     ]  # fmt: skip
+    decides += ["kernels"] if kernels_run(plan.device) else []  # which round less often
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:24]
 
 

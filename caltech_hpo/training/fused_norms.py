@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class CudaBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, summand: Tensor | None = None) -> Tensor:
         """Of images (n, channels, h, w), the summand of their shape added before the ReLU."""
-        if not self._fuses(input):
+        if not self._fuses(input, summand):
             output = super().forward(input)
             output = output if summand is None else output + summand
             output = functional.relu(output) if self.rectifies else output
@@ -76,7 +77,7 @@ class CudaBatchNorm2d(nn.BatchNorm2d):
         stats = torch.stack([self.running_mean, inverse, scale, self.bias - self.running_mean * scale])
         return normalized(input, summand, stats, rectifies=self.rectifies, pools=self.pools)[0]
 
-    def _fuses(self, input: Tensor) -> bool:
+    def _fuses(self, input: Tensor, summand: Tensor | None) -> bool:
         if not runs_fused(input) or input.dtype != torch.get_autocast_dtype("cuda"):
             return False
         if self.weight is None or self.running_mean is None or self.momentum is None:
@@ -85,7 +86,9 @@ class CudaBatchNorm2d(nn.BatchNorm2d):
             self.num_features % LEAST_CHANNELS or input.numel() <= self.num_features
         ):  # torch says what is amiss
             return False
-        return (self.training or not torch.is_grad_enabled()) and kernels_run(input.device)
+        enters = (input, summand, self.weight, self.bias)
+        learns = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in enters)
+        return (self.training or not learns) and kernels_run(input.device)
 
 
 class CudaBasicBlock(BasicBlock):  # type: ignore[misc]
@@ -111,27 +114,33 @@ BLOCKS: dict[type, type] = {BasicBlock: CudaBasicBlock, Bottleneck: CudaBottlene
 
 def fuse_norms(model: nn.Module) -> None:
     """Changes batch norms in place, and what runs them: names, parameters and state stay."""
+    once = used_once(model)
     for module in list(model.modules()):
-        children: list[Any] = list(module.children())
-        norms = [child for child in children if type(child) is nn.BatchNorm2d]
+        norms = [child for child in module.children() if type(child) is nn.BatchNorm2d]
         if type(module) in BLOCKS and len(norms) == (2 if type(module) is BasicBlock else 3):
             module.__class__ = BLOCKS[type(module)]
             for norm in norms:
                 _fuse(norm, rectifies=True)
         elif type(module) is ResNet:
-            _fuse_row([module.conv1, module.bn1, module.relu, module.maxpool])
+            _fuse_row([module.conv1, module.bn1, module.relu, module.maxpool], once)
         elif type(module) is nn.Sequential:
-            _fuse_row(children)
+            _fuse_row(list(module), once)
 
 
-def _fuse_row(modules: list[Any]) -> None:
+def used_once(model: nn.Module) -> set[int]:
+    """The ids of the modules that stand in one place: what is changed of another, changes elsewhere too."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    return {module for module, count in places.items() if count == 1}
+
+
+def _fuse_row(modules: list[Any], once: set[int]) -> None:
     """Of modules that run one after another."""
     rows: Any = zip(modules, [*modules[1:], None], [*modules[2:], None, None], strict=False)
     for norm, relu, pooling in rows:
-        if type(norm) is not nn.BatchNorm2d:
+        if type(norm) is not nn.BatchNorm2d or id(norm) not in once:
             continue
-        rectifies = type(relu) is nn.ReLU
-        pools = plain_pooling(pooling) if rectifies else None
+        rectifies = type(relu) is nn.ReLU and id(relu) in once
+        pools = plain_pooling(pooling) if rectifies and id(pooling) in once else None
         _fuse(norm, rectifies=rectifies, pools=pools)
         if rectifies:
             relu.__class__ = Passed

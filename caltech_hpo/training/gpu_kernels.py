@@ -1,8 +1,8 @@
 """Triton kernels for what stands between convolutions: one pass over the memory where torch makes several.
 
-All take images in channels_last, that is a matrix of (n * height * width, channels), the channels a
-multiple of LEAST_CHANNELS, and compute in float32. Sums go over blocks in a fixed order: the same inputs, the
-same sums.
+They take images in channels_last, that is a matrix of (n * height * width, channels), and compute in float32;
+all but `pixels_of_blocks` take channels in multiples of 16. Sums go over blocks in a fixed order: the same
+inputs, the same sums.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def summing_tiles(rows: int, channels: int, elements: int) -> tuple[tuple[int, i
     return (triton.cdiv(rows, each), across), constants, each
 
 
+def in_rows(images: Tensor) -> Tensor:
+    """In channels_last: a copy only where they are not."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def like(images: Tensor, **more: Any) -> Tensor:
     """Uninitialised, in channels_last."""
     return torch.empty_like(images, memory_format=torch.channels_last, **more)
@@ -59,7 +64,8 @@ def _rectified_sums(
         place = row.to(tl.int64)[:, None] * channels + column[None, :]
         there = (row < rows)[:, None]
         slope = tl.load(gradient + place, there, 0.0).to(tl.float32)
-        slope = tl.where(tl.load(output + place, there, 0.0).to(tl.float32) > 0, slope, 0.0)
+        passes = tl.load(output + place, there, 0.0).to(tl.float32)
+        slope = tl.where(passes <= 0, 0.0, slope)  # NaN stays
         tl.store(masked + place, slope.to(masked.dtype.element_ty), there)
         total += slope
     tl.store(sums + tl.program_id(0) * channels + column, tl.sum(total, 0))
@@ -67,7 +73,7 @@ def _rectified_sums(
 
 def relu_gradient(gradient: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """What ReLU passes on of the gradient of its `output` (n, channels, h, w), and its sums (channels,)."""
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    gradient, output = in_rows(gradient), in_rows(output)
     rows, channels = matrix(output)
     grid, constants, each = summing_tiles(rows, channels, ELEMENTS)
     masked = like(output)
@@ -117,6 +123,7 @@ def largest(images: Tensor, pools: Pools, stats: Tensor | None = None) -> tuple[
     `stats` (4, channels) of `batch_norm` the images are scaled and shifted first.
     """
     kernel, stride, padding = pools
+    images = in_rows(images)
     count, channels, height, width = images.shape
     sides = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
     output = torch.empty(
@@ -185,7 +192,7 @@ def back_to_places(
 
     And its sums over all but the channels (channels,), float32.
     """
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    gradient = in_rows(gradient)
     kernel, stride, padding = pools
     count, channels, *sides = places.shape
     output = torch.empty(
@@ -224,7 +231,7 @@ def pixels_of_blocks(
     images: Tensor, sides: tuple[int, int], depth: int, stride: int, padding: int, dtype: torch.dtype
 ) -> Tensor:
     """Blocks of stride x stride pixels (n, channels, h, w) as pixels (n, *sides, depth), zeros around."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = in_rows(images)
     count, channels, height, width = images.shape
     output = torch.empty((count, *sides, depth), dtype=dtype, device=images.device)
     with torch.cuda.device_of(images):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from caltech_hpo.spec import EpochResult, Recipe
 from caltech_hpo.terms import TIMM, Precision
+from caltech_hpo.training.convolutions import fuse_again
 from caltech_hpo.training.cuda_graph import StepGraph
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
@@ -117,7 +118,8 @@ def step_graph(recipe: Recipe, prepared: Prepared, state: TrainingState) -> Step
     """
     if not prepared.replays or recipe.architecture.startswith(TIMM):
         return None
-    return StepGraph(partial(_step, recipe, prepared, state), state.optimizer)
+    step = partial(_step, recipe, prepared, state)
+    return StepGraph(step, state.optimizer, partial(fuse_again, prepared.runs))
 
 
 def train_batches(

@@ -73,8 +73,13 @@ def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
     """An estimate of a CPU training's peak beyond its model, `images` at a time; counted, not allocated."""
     two, three = (_step_bytes(recipe, prepared, count) for count in (2, 3))
     each = three - two
-    batches = BATCHES_ALIVE * recipe.batch_size * prepared.training.example(1).nbytes
+    batches = batch_bytes(recipe, prepared)
     return int(MARGIN * (state_bytes(recipe, prepared) + batches + images * each))
+
+
+def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:
+    """What the batches take that are alive at a time; augmentation computes in float32."""
+    return BATCHES_ALIVE * recipe.batch_size * prepared.training.example(1).numel() * torch.float32.itemsize
 
 
 def _step_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
@@ -154,7 +159,6 @@ class MicroBatches:
     def _train_once(self, recipe: Recipe, prepared: Prepared, images: int) -> None:
         """A step's memory, taken and given back: held arrays stand for batches and optimizer state."""
         precision = resolve_precision(recipe.precision, self._device)
-        example = prepared.training.example(1)
         training_mode(prepared.runs, prepared.prefix)
         try_algorithms(wanted=True)
         self.peak = max(self.peak, torch.cuda.max_memory_reserved(self._device))
@@ -163,7 +167,7 @@ class MicroBatches:
                 sizes = (
                     # less the gradients, which the backward pass makes
                     state_bytes(recipe, prepared) - learning_bytes(prepared.model),
-                    BATCHES_ALIVE * recipe.batch_size * example.nbytes,
+                    batch_bytes(recipe, prepared),
                 )
                 before = torch.cuda.memory_allocated(self._device)
                 held = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
@@ -194,6 +198,7 @@ def _kind(recipe: Recipe, prepared: Prepared) -> tuple[object, ...]:
     return (
         recipe.architecture, recipe.freeze, recipe.frozen_blocks, recipe.crop, recipe.batch_size,
         recipe.precision, recipe.optimizer, bool(recipe.ema), type(prepared.training),
+        prepared.training.example(1).dtype,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ FEW = 16  # channels of a program that adds them
 # scale and shift that follow from them.
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=[*ROWS, "parts"])
 def moments_kernel(
     images, sums, rows, rows_each, channels, parts, TALL: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def normalized_kernel(
     tl.store(output + place, value.to(output.dtype.element_ty), there)
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=[*ROWS, "parts"])
 def gradient_sums_kernel(
     gradient, images, kept, passed, stats, sums, rows, rows_each, channels, parts, height, width,
     pooled_height, pooled_width, TALL: tl.constexpr, WIDE: tl.constexpr, ADDS: tl.constexpr,
@@ -118,10 +118,10 @@ def gradient_sums_kernel(
         else:
             slope = tl.load(gradient + place, there, 0.0).to(tl.float32)
             if ADDS:  # what ReLU saw is in its output alone
-                slope = tl.where(tl.load(kept + place, there, 0.0).to(tl.float32) > 0, slope, 0.0)
+                slope = tl.where(tl.load(kept + place, there, 0.0).to(tl.float32) <= 0, 0.0, slope)
                 tl.store(passed + place, slope.to(passed.dtype.element_ty), there)
             elif RECTIFIES:
-                slope = tl.where(value * scale + shift > 0, slope, 0.0)
+                slope = tl.where(value * scale + shift <= 0, 0.0, slope)  # NaN stays
         total += slope
         along += slope * tl.where(there, value - mean, 0.0)
     part = tl.program_id(0) * channels + column
@@ -167,7 +167,7 @@ def image_gradient_kernel(
         slope = tl.load(gradient + place, there, 0.0).to(tl.float32)
         if RECTIFIES:
             shift = tl.load(stats + 3 * channels + column)[None, :]
-            slope = tl.where(value * scale + shift > 0, slope, 0.0)
+            slope = tl.where(value * scale + shift <= 0, 0.0, slope)  # NaN stays
     steep, level = tl.load(factors + column)[None, :], tl.load(factors + channels + column)[None, :]
     slope = slope * scale + (value - mean) * steep + level
     tl.store(output + place, slope.to(output.dtype.element_ty), there)

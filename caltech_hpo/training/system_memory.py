@@ -18,7 +18,7 @@ CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED",
-    "unable to find an engine",
+    "unable to find an engine", "Triton Error [CUDA]: out of memory",
 )  # fmt: skip
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

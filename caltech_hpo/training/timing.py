@@ -54,9 +54,7 @@ def time_steps(
         outputs = outputs[repeated]
         source = FeatureSource((outputs, outputs), labels[repeated], plan_for(recipe, device))
         prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
-    started = time.perf_counter()
-    prepared = memory.fit(recipe, prepared)
-    setup += time.perf_counter() - started
+    prepared = memory.fit(recipe, prepared)  # once for each kind and worker: no trial's own
     batch, evaluation = _training_time(recipe, prepared), _evaluation_time(recipe, prepared)
     weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     return StepTime(

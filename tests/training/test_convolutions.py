@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -98,6 +100,23 @@ def test_what_is_changed_for_a_gpu_computes_the_same_without_one(
     for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad), name
     assert all(torch.equal(*pair) for pair in zip(model.buffers(), plain.buffers(), strict=True))
+
+
+def test_what_stands_in_two_places_stays_as_it_is():
+    """A ReLU that is passed in one place would be missing in the other."""
+    torch.manual_seed(0)
+    relu, pooling = nn.ReLU(), nn.MaxPool2d(2)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 16, 3), relu, nn.BatchNorm2d(16), relu, pooling,
+        nn.Conv2d(16, 16, 3), nn.ReLU(), pooling,
+        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)),
+    )  # fmt: skip
+    model = copy.deepcopy(plain)
+    choose_convolutions(model, "alexnet", GPU, "bf16")
+    assert sum(isinstance(module, Passed) for module in model.modules()) == 1
+    assert not any(isinstance(module, PassedPool) for module in model.modules())
+    images = torch.randn(2, 3, 20, 20)
+    assert torch.equal(model(images), plain(images))
 
 
 def test_others_stay_as_they_are():

@@ -186,7 +186,7 @@ def test_every_word_for_too_little_memory_is_known():
     for words in (
         "CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-        "FIND was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation", "Triton Error [CUDA]: out of memory",
     ):  # fmt: skip
         assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory(RuntimeError("CUDNN_STATUS_BAD_PARAM"))
