@@ -82,9 +82,8 @@ class CudaBatchNorm2d(nn.BatchNorm2d):
             return False
         if self.weight is None or self.running_mean is None or self.momentum is None:
             return False
-        if (
-            self.num_features % LEAST_CHANNELS or input.numel() <= self.num_features
-        ):  # torch says what is amiss
+        one_value = input.numel() <= self.num_features  # in training torch says what is amiss
+        if self.num_features % LEAST_CHANNELS or one_value:
             return False
         enters = (input, summand, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in enters)

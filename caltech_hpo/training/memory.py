@@ -15,6 +15,7 @@ from caltech_hpo.training.convolutions import fuse_again
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
+from caltech_hpo.training.sources import FeatureSource
 from caltech_hpo.training.system_memory import is_out_of_memory, release_freed_memory
 
 # A batch, the one before it, and what augmentation makes on the way.
@@ -78,8 +79,10 @@ def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
 
 
 def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:
-    """What the batches take that are alive at a time; augmentation computes in float32."""
-    return BATCHES_ALIVE * recipe.batch_size * prepared.training.example(1).numel() * torch.float32.itemsize
+    """What the batches take that are alive at a time; those of images are made in float32."""
+    example = prepared.training.example(1)
+    made = example if isinstance(prepared.training, FeatureSource) else example.float()
+    return BATCHES_ALIVE * recipe.batch_size * made.nbytes
 
 
 def _step_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
