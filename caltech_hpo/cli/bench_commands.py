@@ -134,6 +134,9 @@ def bench(
 
     Example: caltech-hpo bench --model alexnet --seconds 10
     """
+    if sum([search, reporters is not None, bool(study or model or workers)]) > 1:
+        options = "--search, --reporters and --study, --model, --workers measure different things"
+        raise UsageError(options, "give one kind of them")
     place = place_of(home, storage, data)
     from caltech_hpo.search.bench_study import Measurements
 
@@ -225,7 +228,8 @@ def run_speed(
         found = load_search_data(
             index, recipe.resize, place.cache, skip_unreadable=skip_unreadable, progress=bars
         )
-        size = batch_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
+        size = batch_size or (recipe.batch_size if study else None)
+        size = size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
         for row in measure_speed(
             made, device, found, index, seconds=seconds, rounds=rounds, progress=bars, say=say

@@ -198,17 +198,19 @@ def _measuring(task: BenchTask, way: Way, say: Say) -> Iterator[_Side]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # not a daemon: stock's loader has processes of its own
-    process = context.Process(target=bench_worker, args=(theirs, (task, way)))
-    with worker_environment(tuned=way == "ours"):
-        process.start()
-    theirs.close()
+    process = context.Process(target=bench_worker, args=(theirs,))
     try:
+        with worker_environment(tuned=way == "ours"):
+            process.start()
+        theirs.close()
+        ours.send((task, way))  # not with the process: its start would wait until it is read
         side = _Side(f"{task.recipe.architecture}, {way}", process, ours, say)
         yield side
         if not side.problem:
             ours.send(None)
             process.join(timeout=10)
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         ours.close()

@@ -245,6 +245,8 @@ class ProcessExecutor:
             with contextlib.suppress(OSError):
                 if worker.ready and worker.task is None and worker.process.is_alive():
                     worker.connection.send(None)
+                elif isinstance(worker.task, Measure):  # it has nothing to save, and looks up after a while
+                    worker.process.kill()
                 else:
                     worker.process.terminate()
         for worker in self._workers:

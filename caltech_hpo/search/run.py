@@ -114,7 +114,8 @@ def open_search(
                 yield Search(spec, trial_records(stored), iter(()))
                 return
         workers = min(request.workers, request.trials - finished)
-        with started_early(workers if request.cluster is None else 0) as early:
+        # more than there are cores to import would keep a refusal waiting
+        with started_early(min(workers, usable_cores()) if request.cluster is None else 0) as early:
             index = scan(locate_data(spec, place, progress=progress, say=say))
             if stored is not None:
                 check_unchanged(

@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -75,16 +75,18 @@ def run_worker(connection: Connection, config: WorkerConfig | None) -> None:
 
 @contextlib.contextmanager
 def worker_environment(*, tuned: bool = True) -> Iterator[None]:
-    """What a child inherits: Ctrl-C ignored from its first instant, and if `tuned` the allocator settings."""
-    ours = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no change
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None
+    """What a child inherits: Ctrl-C blocked from its first instant, and if `tuned` the allocator settings.
+
+    One that comes meanwhile reaches this process when it has started the child.
+    """
+    resource_tracker.ensure_running()  # which would unblock it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     before = os.environ.get("GLIBC_TUNABLES")
     if tuned and sys.platform == "linux" and before is None:
         os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, handler)
         if before is None:
             os.environ.pop("GLIBC_TUNABLES", None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

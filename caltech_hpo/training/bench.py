@@ -220,12 +220,13 @@ class Ours:
                 self._prepared.runs(inputs)
 
 
-def bench_worker(connection: Connection, given: tuple[BenchTask, Way]) -> None:
-    """A process that measures one way: says None when it is ready, then a Timing for each phase asked.
-
-    A string takes a Timing's place where the memory does not suffice.
+def bench_worker(connection: Connection) -> None:
+    """A process that measures one way: is sent a BenchTask and the way, says None when it is ready, then a
+    Timing for each phase asked. A string takes a Timing's place where the memory does not suffice.
     """
-    task, way = given
+    task: BenchTask
+    way: Way
+    task, way = connection.recv()
     # four workers are what is measured, also where a loader advises fewer
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     runner: Stock | Ours | None = None

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -113,6 +115,26 @@ def test_workers_that_were_started_early_are_taken_or_ended(config):
         finally:
             executor.close()
     assert not any(process.is_alive() for process in processes)
+
+
+def test_an_interrupt_while_a_process_starts_comes_afterwards():
+    """And never to the process that is started."""
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "from caltech_hpo.search.spawning import worker_environment\n"
+        "try:\n"
+        "    with worker_environment():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "        child.send_signal(signal.SIGINT)\n"
+        "        time.sleep(0.5)\n"
+        "        alive = child.poll() is None\n"
+        "        child.kill()\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', alive, child.wait())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted True -9\n", done.stderr
 
 
 def test_in_mid_epoch_a_worker_says_where_it_is(config):
