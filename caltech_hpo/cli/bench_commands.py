@@ -228,8 +228,8 @@ def run_speed(
         found = load_search_data(
             index, recipe.resize, place.cache, skip_unreadable=skip_unreadable, progress=bars
         )
-        size = batch_size or (recipe.batch_size if study else None)
-        size = size or fitting_batch_size(recipe.architecture, recipe.crop, device)
+        usual_size = recipe.batch_size if study else None
+        size = batch_size or usual_size or fitting_batch_size(recipe.architecture, recipe.crop, device)
         made = bench_recipe(recipe.model_copy(update={"batch_size": size}), found)
         for row in measure_speed(
             made, device, found, index, seconds=seconds, rounds=rounds, progress=bars, say=say

@@ -89,14 +89,22 @@ def build_cache(
     return path
 
 
+def waits_for(lock: FileLock, seconds: float) -> Iterator[None]:
+    """Yields whenever another has held the lock for so many more seconds; ends when it is ours."""
+    while True:
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            yield
+        else:
+            return
+
+
 @contextlib.contextmanager
 def _lock(file: Path, label: str, images: int, progress: Progress | None) -> Iterator[None]:
     """The lock on a cache file; whoever waits for another program hears why."""
     lock = FileLock(file)
-    while True:
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=WAIT)
-            break
+    for _ in waits_for(lock, WAIT):
         if progress:
             progress(f"waiting for another program that decodes these {label} images", 0, images)
     try:

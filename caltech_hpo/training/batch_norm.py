@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from caltech_hpo.training import gpu_kernels
-from caltech_hpo.training.gpu_kernels import Pools, in_rows, largest, like, matrix, summing_tiles, tiles
+from caltech_hpo.training.gpu_kernels import (
+    ELEMENTS,
+    Pools,
+    in_rows,
+    largest,
+    like,
+    matrix,
+    summing_tiles,
+    tiles,
+)
 from caltech_hpo.training.norm_kernels import (
     FEW,
     PARTS,
@@ -38,7 +46,7 @@ class BatchNorm(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         images = in_rows(images)
         rows, channels = matrix(images)
-        grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
+        grid, constants, each = summing_tiles(rows, channels, ELEMENTS)
         sums = torch.empty((2, grid[0], channels), device=images.device)
         stats = torch.empty((4, channels), device=images.device)
         with torch.cuda.device_of(images):
@@ -59,7 +67,7 @@ class BatchNorm(torch.autograd.Function):
         gradient = in_rows(gradient)
         rows, channels = matrix(images)
         kernel, stride, padding = ctx.pools or (0, 1, 0)
-        grid, constants, each = summing_tiles(rows, channels, gpu_kernels.ELEMENTS)
+        grid, constants, each = summing_tiles(rows, channels, ELEMENTS)
         sums = torch.empty((2, grid[0], channels), device=images.device)
         factors, slopes = (torch.empty((2, channels), device=images.device) for _ in range(2))
         # what goes to the summand is what ReLU passes on
@@ -75,7 +83,7 @@ class BatchNorm(torch.autograd.Function):
             coefficients_kernel[(channels // FEW,)](
                 sums, stats, factors, slopes, rows, channels, grid[0], PARTS=PARTS, FEW=FEW
             )
-            grid, constants = tiles(rows, channels, gpu_kernels.ELEMENTS)
+            grid, constants = tiles(rows, channels, ELEMENTS)
             image_gradient_kernel[grid](
                 passed, images, kept, stats, factors, found, rows, channels, *places, **constants,
                 RECTIFIES=ctx.rectifies and not ctx.adds, KERNEL=kernel, STRIDE=stride, PADDING=padding,
@@ -97,7 +105,7 @@ def normalized(
     if summand is not None:
         summand = in_rows(summand)
     output = like(images)
-    grid, constants = tiles(rows, channels, gpu_kernels.ELEMENTS)
+    grid, constants = tiles(rows, channels, ELEMENTS)
     with torch.cuda.device_of(images):
         normalized_kernel[grid](
             images, summand, output, stats, rows, channels, **constants, ADDS=summand is not None,

@@ -7,7 +7,6 @@ image), they are computed once, and only what follows the prefix is trained, on 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -19,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 
 from caltech_hpo.data.batches import BatchPlan, Images
-from caltech_hpo.data.cache import sync_folder
+from caltech_hpo.data.cache import sync_folder, waits_for
 from caltech_hpo.data.kernel_check import kernels_run
 from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
@@ -118,10 +117,7 @@ def _compute(
     what = f"features of the {label} images" + (", mirrored" if flipped else "")
     source = ImageSource(images, BatchPlan(CHUNK, plan.crop, plan.normalization, plan.device))
     lock = FileLock(file.with_suffix(".lock"))
-    while True:  # not silently: whoever says nothing for long counts as hung
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=WAIT)
-            break
+    for _ in waits_for(lock, WAIT):  # not silently: whoever says nothing for long counts as hung
         yield f"waiting for the {what}, which another worker computes", 0, len(images)
     try:
         if stored_features(file) is not None:
