@@ -168,6 +168,47 @@ def check_blocks(device, dtype):
         assert dtype != torch.float32 or torch.equal(found[..., :real], expected)
 
 
+def check_sgd(device, momentum, nesterov, decay):
+    """Steps of a layer, beside torch's; the weights in bf16 are those of now, or none."""
+    from caltech_hpo.training.cuda_sgd import VELOCITY, CudaSGD, layers_to_step
+    from caltech_hpo.training.linear import CudaLinear
+
+    torch.manual_seed(0)
+    plain = nn.Linear(70, 50).to(device)
+    layer = copy.deepcopy(plain)
+    layer.__class__ = CudaLinear
+    options = {"lr": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": decay, "fused": True}
+    steps = [CudaSGD(layer.parameters(), [layer], **options), torch.optim.SGD(plain.parameters(), **options)]
+    for number in range(3):
+        for optimizer in steps:
+            torch.manual_seed(number)
+            optimizer.param_groups[0]["lr"] = 0.3 / (number + 1)
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.randn_like(parameter)
+            given = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+            optimizer.step()
+            assert all(p.grad is g for p, g in zip(optimizer.param_groups[0]["params"], given, strict=True))
+        for mine, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert layer._small(torch.bfloat16) is layer.small
+        assert agree(layer.small, layer.weight.detach(), torch.bfloat16)
+    steps[0].param_groups[0]["lr"] = torch.tensor(0.1, device=device)
+    steps[1].load_state_dict(copy.deepcopy(steps[0].state_dict()))  # one takes the other's
+    found = [optimizer.state[optimizer.param_groups[0]["params"][0]] for optimizer in steps]
+    assert momentum == 0 or torch.equal(*(state[VELOCITY] for state in found))
+    for optimizer in steps:
+        optimizer.step()
+    assert torch.allclose(layer.weight, plain.weight, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(layer._small(torch.bfloat16), layer.weight.bfloat16())
+    steps[0].step()
+    assert layer._small(torch.bfloat16) is layer.small
+    assert layer._small(torch.float16) is not layer.small
+    layers_to_step(layer)
+    assert layer.small is None
+
+
 @contextlib.contextmanager
 def fused_without_a_gpu():
     """The fused modules go their ways for a GPU, in float32; what only CUDA has is made of plain parts."""
@@ -248,6 +289,10 @@ def check_all(device, shapes=SHAPES, types=TYPES):
                 check_norm(shape, dtype, device, *case)
             count += 1 + len(POOLS) + len(NORMS)
     check_spoiled_norm(device)
+    for momentum, nesterov in ((0.0, False), (0.9, False), (0.9, True)):
+        for decay in (0.0, 0.01):
+            check_sgd(device, momentum, nesterov, decay)
+            count += 1
     return count + 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from caltech_hpo.search.forecast import Forecast, Forecaster
 from caltech_hpo.search.messages import Died, Failed, Measure, Measured, Working
 from caltech_hpo.search.request import Place, Say, SearchRequest, sharing, silent
 from caltech_hpo.search.space import Binding, recipe_for
-from caltech_hpo.spec import StudySpec
+from caltech_hpo.spec import Recipe, StudySpec
 from caltech_hpo.timings import StepTime
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from caltech_hpo.search.records import TrialRecord
 
 PLAN_SECONDS = 60.0  # no further kind is timed after them
-SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 4.0  # likewise, while the other workers wait
+SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 1.0  # likewise, while the other workers wait
 ENOUGH_TRIALS = 3  # finished ones, that say more than timed steps
-MEASURE = -1  # the job's number: no trial has it
+MEASURE = -1  # the job's number, and those below: no trial has them
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ def forecaster_for(
         if examples:
             binding = binding_of(executor, data, request)
             on_gpu = device.startswith("cuda")
+            if on_gpu:
+                warm_up(executor, [recipe_for(spec, params, binding) for params in examples], progress)
             seconds = SEARCH_SECONDS_GPU if on_gpu else SEARCH_SECONDS
             times = time_kinds(executor, spec, examples, binding, seconds, progress).times
             if on_gpu:  # the steps were timed while its other workers waited
@@ -150,13 +152,31 @@ def time_kinds(
 
     That is no error here: the trial itself will say what is wrong.
     """
-    recipes = [recipe_for(spec, params, binding) for params in examples]
-    executor.submit(Measure(MEASURE, tuple(recipes), seconds))
-    while True:
+    recipes = tuple(recipe_for(spec, params, binding) for params in examples)
+    executor.submit(Measure(MEASURE, recipes, seconds))
+    return next(_answers(executor, 1, progress))
+
+
+def warm_up(executor: Executor, recipes: Sequence[Recipe], progress: Progress | None) -> None:
+    """Lets all free workers at once take the first steps of a recipe each.
+
+    What a GPU's first steps wait for (libraries that are loaded, kernels that are compiled and chosen) is
+    over in every worker then: each would have it in its first trial, after waiting for the timing.
+    """
+    workers = executor.free
+    for place in range(workers):
+        executor.submit(Measure(MEASURE - place, (recipes[place % len(recipes)],), 0.0))
+    for done, _ in enumerate(_answers(executor, workers, None), 1):
+        if progress:
+            progress("workers that have taken their first steps", done, workers)
+
+
+def _answers(executor: Executor, jobs: int, progress: Progress | None) -> Iterator[Measured]:
+    """What so many `Measure` jobs end with."""
+    while jobs:
         event = executor.next_event()
         if isinstance(event, Working) and progress:
             progress(event.what, event.done, event.total)
-        elif isinstance(event, Measured):
-            return event
-        elif isinstance(event, (Failed, Died)):
-            return Measured(MEASURE, ())
+        elif isinstance(event, (Measured, Failed, Died)):
+            jobs -= 1
+            yield event if isinstance(event, Measured) else Measured(event.job, ())

@@ -24,7 +24,7 @@ from caltech_hpo.search.request import (
     sharing,
     silent,
 )
-from caltech_hpo.search.spawning import Early, started_early
+from caltech_hpo.search.spawning import Early, dismiss, started_early
 from caltech_hpo.search.storage import find_study, open_existing, open_storage, open_study
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.study_checks import warnings_of
@@ -103,25 +103,30 @@ def open_search(
     spec = resolve_spec(request)
     for warning in warnings_of(spec):
         say(f"warning: {warning}")
-    with search_lock(place.storage, place.home, request.study) as check_lock:
+    # While Optuna is imported and the images are looked at. More than there are cores to import would keep a
+    # refusal waiting.
+    soon = min(request.workers, request.trials, usable_cores()) if request.cluster is None else 0
+    with (
+        started_early(soon) as early,
+        search_lock(place.storage, place.home, request.study) as check_lock,
+    ):
         stored = find_study(open_existing(place.storage), request.study)
         finished = 0
         if stored is not None:
             check_unchanged(stored, request.study, spec, data=None, allow_changed=request.allow_changed)
             # counted by the database: reading 1,000 trials takes seconds
             finished = stored._storage.get_n_trials(stored._study_id, FINISHED)
-            if finished >= request.trials:
-                yield Search(spec, trial_records(stored), iter(()))
-                return
-        workers = min(request.workers, request.trials - finished)
-        # more than there are cores to import would keep a refusal waiting
-        with started_early(min(workers, usable_cores()) if request.cluster is None else 0) as early:
-            index = scan(locate_data(spec, place, progress=progress, say=say))
-            if stored is not None:
-                check_unchanged(
-                    stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
-                )
-            yield from _run(request, place, spec, index, workers, early, check_lock, progress, say, stop)
+        workers = max(0, min(request.workers, request.trials - finished))
+        dismiss(early, keep=workers)
+        if not workers:
+            yield Search(spec, trial_records(stored) if stored else [], iter(()))
+            return
+        index = scan(locate_data(spec, place, progress=progress, say=say))
+        if stored is not None:
+            check_unchanged(
+                stored, request.study, spec, index.fingerprint, allow_changed=request.allow_changed
+            )
+        yield from _run(request, place, spec, index, workers, early, check_lock, progress, say, stop)
 
 
 def _run(

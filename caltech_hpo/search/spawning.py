@@ -48,11 +48,18 @@ def started_early(workers: int) -> Iterator[Early]:
             started.append(spawn(run_worker, None))
         yield started
     finally:
-        for process, _ in started:
-            process.kill()
-        for process, connection in started:
-            process.join()
-            connection.close()
+        dismiss(started, keep=0)
+
+
+def dismiss(started: Early, *, keep: int) -> None:
+    """Ends all but so many of them."""
+    surplus = started[keep:]
+    del started[keep:]
+    for process, _ in surplus:
+        process.kill()
+    for process, connection in surplus:
+        process.join()
+        connection.close()
 
 
 def run_worker(connection: Connection, config: WorkerConfig | None) -> None:

@@ -46,10 +46,9 @@ from caltech_hpo.training.device import (
     versions,
 )
 from caltech_hpo.training.features import Split
-from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.loop import never, train
 from caltech_hpo.training.memory import MicroBatches, in_pieces_of
-from caltech_hpo.training.models import build_model, check_input, weights_sha256
+from caltech_hpo.training.models import check_model, weights_sha256
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import TrainingState, begin, captured, changing, restore
 from caltech_hpo.training.system_memory import (
@@ -87,12 +86,7 @@ def open_worker(config: WorkerConfig) -> WorkerContext:
     device = resolve_device(config.device)
     keep_freed_memory(device)
     recipe, data = config.recipe, config.data
-    # refuses bad weights, and a dropout or frozen blocks that the model has no place for
-    model = build_model(
-        recipe.architecture, recipe.weights, len(data.classes), seed=0, dropout=recipe.dropout
-    )
-    apply_freeze(model, recipe)
-    check_input(model, recipe.architecture, recipe.crop)
+    check_model(recipe, len(data.classes))
     ready = Ready(
         device=describe_device(device),
         precision=resolve_precision("auto", device),

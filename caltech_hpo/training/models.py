@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError, WeightsError
+from caltech_hpo.spec import Hyperparameters
 from caltech_hpo.terms import TIMM, InitName
 from caltech_hpo.training.architectures import architecture_info
+from caltech_hpo.training.freezing import apply_freeze
 from caltech_hpo.training.tensor_files import raw_bytes
 from caltech_hpo.training.timm_models import (
     LITE0,
     create_timm_model,
+    from_timm,
     lite0_weights,
     own_dropout,
     pretrained_timm_weights,
@@ -54,7 +58,7 @@ def build_model(
             kaiming(model, model.get_submodule(architecture_info(architecture).head))
     if weights != NO_WEIGHTS:
         state, source = read_weights(architecture, weights)
-        layout = "timm" if architecture == LITE0 or architecture.startswith(TIMM) else "torchvision"
+        layout = "timm" if from_timm(architecture) else "torchvision"
         load_backbone(model, state, architecture_info(architecture).head, source, layout)
     if dropout is None and architecture.startswith(TIMM):
         dropout = own_dropout(architecture) or None
@@ -65,7 +69,7 @@ def build_model(
 
 def untrained(architecture: str, classes: int) -> nn.Module:
     """The architecture, its parameters drawn from torch's global generator."""
-    if architecture == LITE0 or architecture.startswith(TIMM):
+    if from_timm(architecture):
         return create_timm_model(architecture, classes)
     from torchvision import models
 
@@ -86,6 +90,20 @@ def kaiming(model: nn.Module, head: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def check_model(recipe: Hyperparameters, classes: int) -> None:
+    """Raises WeightsError or UsageError where the recipe's model cannot be made, or not trained on its crops.
+
+    That is bad weights, and a dropout or frozen blocks that the model has no place for.
+    """
+    architecture = recipe.architecture
+    # without weights nothing is computed: VGG16's 138 million parameters take a second to draw
+    shapes_alone = recipe.weights == NO_WEIGHTS and not from_timm(architecture)
+    with torch.device("meta") if shapes_alone else contextlib.nullcontext():
+        model = build_model(architecture, recipe.weights, classes, seed=0, dropout=recipe.dropout)
+        apply_freeze(model, recipe)
+        check_input(model, architecture, recipe.crop)
 
 
 def check_input(model: nn.Module, architecture: str, crop: int) -> None:
@@ -215,7 +233,7 @@ def weights_sha256(weights: str, architecture: str) -> str:
     if weights == NO_WEIGHTS:
         return ""
     if weights == IMAGENET_WEIGHTS:
-        ours = architecture == LITE0 or architecture.startswith(TIMM)
+        ours = from_timm(architecture)
         return imagenet_sha256(architecture) if ours else ""
     path = Path(weights)
     if not path.is_file():

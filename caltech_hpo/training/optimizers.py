@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training.architectures import architecture_info
+from caltech_hpo.training.cuda_sgd import CudaSGD, layers_to_step
 
 ONE_CYCLE_WARMUP = 0.3  # torch's and fastai's default
 SHORTEST_CYCLE = 3  # steps; there is no rise and fall in fewer
@@ -30,15 +31,17 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         ]
         groups = [group for group in groups if group["params"]]
     fused = learning[0].device.type in ("cpu", "cuda")  # one pass over the memory of each parameter
+    layers = layers_to_step(model)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
             groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999),
             weight_decay=recipe.weight_decay, fused=fused,
         )  # fmt: skip
-    return torch.optim.SGD(
-        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay, fused=fused,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate, "momentum": recipe.momentum, "nesterov": recipe.nesterov,
+        "weight_decay": recipe.weight_decay, "fused": fused,
+    }  # fmt: skip
+    return CudaSGD(groups, layers, **options) if layers else torch.optim.SGD(groups, **options)
 
 
 def make_schedule(

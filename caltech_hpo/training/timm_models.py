@@ -28,10 +28,14 @@ def timm_module() -> ModuleType:
     return timm
 
 
+def from_timm(architecture: str) -> bool:
+    """Whether timm builds it."""
+    return architecture == LITE0 or architecture.startswith(TIMM)
+
+
 def timm_version(architecture: str) -> str:
     """timm's version for an architecture that comes from it, else ""."""
-    ours = architecture == LITE0 or architecture.startswith(TIMM)
-    return str(timm_module().__version__) if ours else ""
+    return str(timm_module().__version__) if from_timm(architecture) else ""
 
 
 def timm_config(architecture: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from caltech_hpo.search.messages import (
     WorkerConfig,
     Working,
 )
-from caltech_hpo.search.spawning import started_early
+from caltech_hpo.search.planning import warm_up
+from caltech_hpo.search.spawning import dismiss, started_early
 from caltech_hpo.search.worker import worker_main
 from caltech_hpo.spec import Hyperparameters, Recipe
 
@@ -105,8 +106,10 @@ def test_inline_and_processes_train_alike(config, tmp_path):
 
 def test_workers_that_were_started_early_are_taken_or_ended(config):
     """One that died meanwhile has a successor; those that nobody takes do not stay."""
-    with started_early(3) as early:
+    with started_early(4) as early:
         processes = [process for process, _ in early]
+        dismiss(early, keep=3)
+        assert len(early) == 3 and [process.is_alive() for process in processes] == [True] * 3 + [False]
         early[-1][0].kill()
         executor = ProcessExecutor(config, 2, early=early)
         try:
@@ -115,6 +118,29 @@ def test_workers_that_were_started_early_are_taken_or_ended(config):
         finally:
             executor.close()
     assert not any(process.is_alive() for process in processes)
+
+
+def test_all_workers_take_their_first_steps_at_once(config):
+    """A recipe each; one that fails, and a worker that dies of it, hold up nobody."""
+    executor, shown, given = ProcessExecutor(config, 3), [], []
+    submit = executor.submit
+
+    def submitted(job):
+        submit(job)
+        given.append(job)
+        if len(given) == 3:
+            executor.kill(job.number)
+
+    executor.submit = submitted
+    try:
+        warm_up(executor, [recipe(), recipe(classes=2)], lambda *what: shown.append(what))
+        assert [(job.number, job.recipes) for job in given] == [
+            (-1, (recipe(),)), (-2, (recipe(classes=2),)), (-3, (recipe(),))
+        ]  # fmt: skip
+        assert shown == [("workers that have taken their first steps", done, 3) for done in (1, 2, 3)]
+        assert executor.free == 3 and scores(play(executor, Job(0, recipe())))
+    finally:
+        executor.close()
 
 
 def test_an_interrupt_while_a_process_starts_comes_afterwards():

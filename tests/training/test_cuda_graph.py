@@ -68,8 +68,9 @@ def losses(made, splits, *, graphed: bool) -> list[float]:
     [
         {}, {"optimizer": "adamw", "nesterov": False, "learning_rate": 1e-4}, {"precision": "bf16"},
         {"ema": 0.9, "head_lr_factor": 3.0, "schedule": "cosine", **MIXED},
+        {"ema": 0.9, "precision": "bf16", "momentum": 0.0, "nesterov": False},
     ],
-    ids=["sgd", "adamw", "bf16", "mixed"],
+    ids=["sgd", "adamw", "bf16", "mixed", "averaged"],
 )  # fmt: skip
 def test_a_replayed_training_is_the_plain_one(splits, changes):
     made = recipe(**changes)
