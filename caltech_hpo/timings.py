@@ -48,7 +48,7 @@ class StepTime(Frozen):
 
     `once` seconds an image and view go by where a frozen prefix is computed for the first time (0: nothing
     is kept), taking `kept` bytes each on disk. `memory` is the estimated peak in bytes, the model included;
-    `weights` is the model's part of it, and the size of its file.
+    `weights` is the model's part of it, and the size of its file; `checkpoint` is a checkpoint's size.
     """
 
     kind: Kind
@@ -59,6 +59,7 @@ class StepTime(Frozen):
     kept: NonNegativeInt = 0
     memory: NonNegativeInt = 0
     weights: NonNegativeInt = 0
+    checkpoint: NonNegativeInt = 0
 
     def times(self, factor: float) -> StepTime:
         """The same, every step taking `factor` times as long."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from caltech_hpo.search.reporters import ReportsHeld
 
 NOT_RUN = "not run"
+KEYS = ("model", "phase", "stock", "ours", "floor", "over_stock", "of_floor", "data_wait_s")
 
 
 def speed_table(found: Measurements, machine: str) -> Group:
@@ -102,12 +103,15 @@ def reports_table(measured: ReportsHeld) -> Group:
 
 
 def rows_json(found: Measurements) -> list[dict[str, Any]]:
-    """One list of rows; `phase` says of what: train, eval, epoch, study or cache."""
+    """One list of rows; `phase` says of what: train, eval, epoch, study or cache.
+
+    All have the KEYS, None where one means nothing.
+    """
     rows = [{**asdict(row), "over_stock": row.over_stock, "of_floor": row.of_floor} for row in found.speeds]
     rows += [{"phase": "study", **asdict(row)} for row in found.studies]
     if found.cache is not None:
         rows.append({"phase": "cache", **asdict(found.cache), "per_core": found.cache.per_core})
-    return rows
+    return [dict.fromkeys(KEYS) | row for row in rows]
 
 
 def machine() -> str:

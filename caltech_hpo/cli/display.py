@@ -111,10 +111,3 @@ class ProgressBars:
         """Removes the bars."""
         if self._bars.live.is_started:
             self._bars.stop()
-
-
-def size(count: float) -> str:
-    """Bytes as "12 MiB" or "1.5 GiB"."""
-    if count < 2**30:
-        return f"{count / 2**20:.0f} MiB"
-    return f"{count / 2**30:.1f} GiB"

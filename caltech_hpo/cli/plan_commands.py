@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Group
 
-from caltech_hpo.cli.display import duration, size
+from caltech_hpo.cli.display import duration
 from caltech_hpo.cli.options import (
     DEFAULT_HOME,
     Data,
@@ -24,6 +24,7 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import table_of
+from caltech_hpo.terms import size
 
 if TYPE_CHECKING:
     from caltech_hpo.search.forecast import Forecast
@@ -98,7 +99,10 @@ def plan_json(made: Plan) -> dict[str, Any]:
             for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
         ],
         "memory": made.memory,
-        "disk": {"pixels": made.pixels, "features": made.features, "weights": made.weights},
+        "disk": {
+            "pixels": made.pixels, "features": made.features, "weights": made.weights,
+            "checkpoints": made.checkpoints,
+        },
     }  # fmt: skip
 
 
@@ -110,12 +114,12 @@ def plan_text(made: Plan) -> Group:
          size(time.memory)]
         for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
     ]  # fmt: skip
-    columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "training memory")
-    together = f", {made.workers} workers together" if made.workers > 1 else ""
+    columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "memory, estimated")
+    workers = f"{made.workers} workers take" if made.workers > 1 else "a worker takes"
     return Group(
         table_of(columns, rows, left=("freeze",), title=f"study {made.study} on {made.device}"),
         forecast_line(made.forecast),
-        f"memory: {size(made.memory)} at the peak of timing{together}",
-        f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, "
-        f"weights of one model {size(made.weights)}",
+        f"memory: {workers} {size(made.memory)} at most, as in these steps",
+        f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, the best trial's weights "
+        f"{size(made.weights)}; while it runs up to {size(made.checkpoints)} of checkpoints",
     )

@@ -17,17 +17,18 @@ from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import load_study
 
 DECODED = 500  # images a core: threads take a while to start
-WARMING = 15  # times the seconds that are measured: what the first epochs may take
+WARMING = 15  # times the seconds that are asked for: what the first epochs may take, and the next ones
 
 
 @dataclass(frozen=True)
 class StudySpeed:
-    """A study searched with so many `workers`, for `seconds` or until it had its trials.
+    """A study of one `model` searched with so many `workers`, for `seconds` or until it had its trials.
 
     `trials` ended in that time, `epochs` were trained.
     """
 
     study: str
+    model: str
     workers: int
     trials: int
     epochs: int
@@ -46,7 +47,8 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
     """Searches in a database of its own, deleted afterwards, and leaves no checkpoints.
 
     The time begins when every worker has trained an epoch (cuDNN tries its algorithms in the first one), and
-    with it the counts. `place.data` must say where the images are: a home of its own has none.
+    with it the counts; it lasts until there are as many epochs as workers, up to 15 times as long.
+    `place.data` must say where the images are: a home of its own has none.
     """
     from caltech_hpo.search.events import TrialEnded, TrialEpoch
     from caltech_hpo.search.run import open_search
@@ -69,11 +71,14 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
                         begin, ended_before = time.perf_counter(), ended
                 ended += isinstance(event, TrialEnded)
                 progress(f"{request.study}, {opened.workers} workers: trials", ended, request.trials)
-                if time.perf_counter() - begin > (seconds if warm else WARMING * seconds):
+                taken = time.perf_counter() - begin
+                enough = seconds if warm and epochs >= opened.workers else WARMING * seconds
+                if taken > enough:
                     break
             taken = time.perf_counter() - begin
             ended -= ended_before
-            return StudySpeed(request.study, opened.workers, ended, epochs, taken, opened.device)
+            model = opened.spec.recipe.architecture
+            return StudySpeed(request.study, model, opened.workers, ended, epochs, taken, opened.device)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Measurements:
     speeds: list[Speed] = field(default_factory=list)
     studies: list[StudySpeed] = field(default_factory=list)
     cache: CacheSpeed | None = None
+    lacking: list[str] = field(default_factory=list)  # what could not be measured
 
 
 def measure_cache(index: DatasetIndex, resize: int, cache: Path, progress: Progress) -> CacheSpeed:

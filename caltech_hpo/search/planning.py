@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PLAN_SECONDS = 60.0  # no further kind is timed after them
 SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 1.0  # likewise, while the other workers wait
+CHECKPOINTS = 3  # of a trial: the last one, the one before, the one that is being written
 ENOUGH_TRIALS = 3  # finished ones, that say more than timed steps
 MEASURE = -1  # the job's number, and those below: no trial has them
 
@@ -30,8 +31,9 @@ MEASURE = -1  # the job's number, and those below: no trial has them
 class Plan:
     """What is to be expected of a study on this machine. Bytes; `timed` are the kinds that were timed.
 
-    `memory` is the most that the timing took, times the workers. Workers share one device: they are not
-    counted on to be faster than one that has it to itself.
+    `memory` is the most that the timing took, times the workers; `checkpoints` the most that those of all
+    workers take while they train. Workers share one device: they are not counted on to be faster than one
+    that has it to itself.
     """
 
     study: str
@@ -45,6 +47,7 @@ class Plan:
     pixels: int
     features: int
     weights: int
+    checkpoints: int
 
 
 def make_plan(
@@ -98,6 +101,7 @@ def make_plan(
         memory=request.workers * measured.peak,
         pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
         features=sum(views.values()), weights=max(time.weights for time in times),
+        checkpoints=request.workers * CHECKPOINTS * max(time.checkpoint for time in times),
     )  # fmt: skip
 
 

@@ -97,9 +97,6 @@ def open_search(
     Refuses before any training: faulty specs, a changed study, a study that another search holds,
     missing data, unreadable images, missing weights.
     """
-    from caltech_hpo.search.records import trial_records
-    from caltech_hpo.search.supervisor import FINISHED
-
     spec = resolve_spec(request)
     for warning in warnings_of(spec):
         say(f"warning: {warning}")
@@ -110,6 +107,9 @@ def open_search(
         started_early(soon) as early,
         search_lock(place.storage, place.home, request.study) as check_lock,
     ):
+        from caltech_hpo.search.records import trial_records
+        from caltech_hpo.search.supervisor import FINISHED
+
         stored = find_study(open_existing(place.storage), request.study)
         finished = 0
         if stored is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.spec import Recipe
+from caltech_hpo.terms import size
 from caltech_hpo.training.convolutions import fuse_again
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
@@ -155,8 +156,7 @@ class MicroBatches:
         needed = needed_bytes(recipe, prepared, images)
         if needed > self._limit:
             raise torch.OutOfMemoryError(
-                f"{images} images at a time need about {needed / 2**30:.1f} GiB, "
-                f"and {self._limit / 2**30:.1f} GiB may be used"
+                f"{images} images at a time need about {size(needed)}, and {size(self._limit)} may be used"
             )
 
     def _train_once(self, recipe: Recipe, prepared: Prepared, images: int) -> None:
@@ -191,7 +191,7 @@ class MicroBatches:
             torch.cuda.reset_peak_memory_stats(self._device)  # what was only tried is no training's peak
         if taken > self._limit:
             raise torch.OutOfMemoryError(
-                f"{images} images at a time take {taken / 2**30:.1f} GiB of {self._limit / 2**30:.1f} GiB"
+                f"{images} images at a time take {size(taken)} of {size(self._limit)}"
             )
         self._image_bytes[_kind(recipe, prepared)] = taken / images
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from caltech_hpo.errors import UsageError, WeightsError
@@ -157,9 +159,10 @@ def read_weights(architecture: str, weights: str) -> tuple[dict[str, Tensor], st
 
         path, url = imagenet_file(architecture)
         try:
-            state: dict[str, Tensor] = models.get_model_weights(architecture).DEFAULT.get_state_dict(
-                progress=False, check_hash=True, weights_only=True, map_location="cpu"
-            )
+            with _fetching(path):
+                state: dict[str, Tensor] = models.get_model_weights(architecture).DEFAULT.get_state_dict(
+                    progress=False, check_hash=True, weights_only=True, map_location="cpu"
+                )
         except Exception as error:  # urllib, socket, hash and unpickling errors alike
             raise WeightsError(
                 f"no ImageNet weights for {architecture}: {type(error).__name__}: {error}",
@@ -167,6 +170,17 @@ def read_weights(architecture: str, weights: str) -> tuple[dict[str, Tensor], st
             ) from error
         return state, str(path)
     return read_weights_file(Path(weights)), weights
+
+
+@contextlib.contextmanager
+def _fetching(path: Path) -> Iterator[None]:
+    """One process fetches, the others wait; torch says so on stdout, where answers alone belong."""
+    with contextlib.ExitStack() as stack:
+        if not path.exists():  # where it does, the folder may be read-only
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

@@ -123,6 +123,13 @@ def _captured(state: TrainingState, prepared: Prepared) -> tuple[dict[str, Tenso
     return {name: value.detach() for name, value in tensors.items()}, document
 
 
+def checkpoint_bytes(state: TrainingState, prepared: Prepared) -> int:
+    """What the tensors of a checkpoint take after the first step, the best epoch's weights included."""
+    with captured(state, prepared) as (tensors, _):
+        best = {} if state.best else changing(prepared.model)
+        return sum(tensor.nbytes for tensor in (*tensors.values(), *best.values()))
+
+
 def restore(
     state: TrainingState, recipe: Recipe, prepared: Prepared, tensors: dict[str, Tensor],
     document: dict[str, Any],

@@ -19,7 +19,7 @@ from caltech_hpo.training.loop import step_graph, train_batches
 from caltech_hpo.training.memory import MicroBatches, needed_bytes
 from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
 from caltech_hpo.training.sources import FeatureSource, plan_for
-from caltech_hpo.training.state import begin
+from caltech_hpo.training.state import begin, checkpoint_bytes
 
 STEPS = 2  # timed ones, after one that warms up
 SLOW = 4.0  # seconds: a first step that takes longer is taken for the others
@@ -55,17 +55,18 @@ def time_steps(
         source = FeatureSource((outputs, outputs), labels[repeated], plan_for(recipe, device))
         prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
     prepared = memory.fit(recipe, prepared)  # once for each kind and worker: no trial's own
-    batch, evaluation = _training_time(recipe, prepared), _evaluation_time(recipe, prepared)
+    batch, checkpoint = _training_time(recipe, prepared)
+    evaluation = _evaluation_time(recipe, prepared)
     weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     return StepTime(
         kind=kind_of(recipe), setup=setup, batch=batch, evaluation=evaluation, once=once, kept=kept,
-        weights=weights,
+        weights=weights, checkpoint=checkpoint,
         memory=weights + needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
     )  # fmt: skip
 
 
-def _training_time(recipe: Recipe, prepared: Prepared) -> float:
-    """Seconds of a training batch, the making of the batch included."""
+def _training_time(recipe: Recipe, prepared: Prepared) -> tuple[float, int]:
+    """Seconds of a training batch, the making of the batch included, and bytes of a checkpoint after it."""
     state = begin(recipe, prepared)
     graph = step_graph(recipe, prepared, state)
     batches = _endless(prepared)
@@ -79,7 +80,7 @@ def _training_time(recipe: Recipe, prepared: Prepared) -> float:
         train_batches(recipe, prepared, state, [next(batches)], graph)
         float(state.loss)  # waits for a GPU
         found.append(time.perf_counter() - started)
-    return statistics.fmean(found[warming:] or found)
+    return statistics.fmean(found[warming:] or found), checkpoint_bytes(state, prepared)
 
 
 @torch.inference_mode()

@@ -26,6 +26,8 @@ def test_a_plan(folder):
     assert {kind["batch_size"] for kind in found["kinds"]} == {32, 64, 128}
     assert all(kind["epoch_seconds"] > 0 for kind in found["kinds"])
     assert found["memory"] > 1 << 26 and found["disk"]["pixels"] > 0 and found["disk"]["weights"] > 40e6
+    # the model, its momentum and the best epoch's weights, three times
+    assert found["disk"]["checkpoints"] == pytest.approx(9 * found["disk"]["weights"], rel=0.05)
 
 
 def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
@@ -34,6 +36,7 @@ def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "out of memory: 2 images at a time need about" in done.stderr and "--memory" in done.stderr
+    assert "51 MiB may be used" in done.stderr
 
 
 def test_bench_of_searching(folder):

@@ -190,8 +190,7 @@ def test_the_cache_is_timed_and_nothing_is_left(images, tmp_path):
 def test_the_commands_rows_and_table():
     from rich.console import Console
 
-    from caltech_hpo.cli.bench_commands import rows_json
-    from caltech_hpo.cli.bench_tables import speed_table
+    from caltech_hpo.cli.bench_tables import rows_json, speed_table
     from caltech_hpo.search.bench import Speed
     from caltech_hpo.search.bench_study import CacheSpeed, Measurements, StudySpeed
 
@@ -199,10 +198,12 @@ def test_the_commands_rows_and_table():
         Speed("alexnet", "train", 10.0, 40.0, 50.0, 0.5, 256, "cpu", 3),
         Speed("vgg16", "train", None, 2.0, 2.0, 0.1, 64, "cpu", 3),
     ]
-    studies = [StudySpeed("alexnet-scratch", 2, 40, 500, 45.0, "cuda:0")]
+    studies = [StudySpeed("alexnet-scratch", "alexnet", 2, 40, 500, 45.0, "cuda:0")]
     found = Measurements(speeds, studies, CacheSpeed(1000, 2, 1.25, 0.1))
     first, second, study, cache = rows_json(found)
-    assert first.keys() >= {"model", "phase", "stock", "ours", "floor", "data_wait_s"}
+    keys = {"model", "phase", "stock", "ours", "floor", "over_stock", "of_floor", "data_wait_s"}
+    assert all(row.keys() >= keys for row in (first, second, study, cache))
+    assert study["model"] == "alexnet" and cache["model"] is cache["ours"] is None
     assert (first["over_stock"], first["of_floor"]) == (4.0, 0.8) and second["over_stock"] is None
     assert (study["phase"], study["workers"]) == ("study", 2) and cache["per_core"] == 400
     console = Console(width=150, record=True)
@@ -213,7 +214,7 @@ def test_the_commands_rows_and_table():
 
 
 def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, monkeypatch, capsys):
-    from caltech_hpo.cli.bench_commands import run_speed
+    from caltech_hpo.cli.bench_runs import run_speed
     from caltech_hpo.cli.options import progress_bars
     from caltech_hpo.errors import StorageError
     from caltech_hpo.search import bench, bench_study
@@ -221,7 +222,7 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
     def refused(request, place, **_):
         if request.workers == 1:
             raise StorageError("the disk is full", "make room")
-        return bench_study.StudySpeed(request.study, request.workers, 3, 9, 1.0, request.device)
+        return bench_study.StudySpeed(request.study, "alexnet", request.workers, 3, 9, 1.0, request.device)
 
     measured = bench.Speed("resnet18", "train", 10.0, 40.0, 50.0, 0.5, 4, "cpu", 1)
     monkeypatch.setattr(bench, "measure_speed", lambda *_, **__: [measured])
@@ -232,6 +233,7 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
         run_speed(found, None, place, [VALUES], "cpu", 0.1, 1, 4, "1,2", False, bars)
     assert [row.ours for row in found.speeds] == [40.0] and found.cache.images == len(images[0].training)
     assert [row.workers for row in found.studies] == [2]
+    assert found.lacking == ["alexnet-scratch with --workers 1"]
     said = capsys.readouterr().err
     assert "with --workers 1: the disk is full" in said
     assert "resnet18 train: 40.0 images/s, stock 10.0 (ours / stock 4.000), floor 50.0 (0.800)" in said
@@ -258,3 +260,22 @@ def test_what_was_measured_is_printed_when_it_is_ended(images, tmp_path, monkeyp
     assert stopped.value.exit_code == 130
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["model"], row["over_stock"]) == ("resnet18", 4.0)
+
+
+def test_what_could_not_be_measured_is_an_error_after_the_answer(images, tmp_path, monkeypatch, capsys):
+    """A script that goes on with the numbers has to know that some are missing."""
+    import json
+
+    from caltech_hpo.cli import bench_commands
+    from caltech_hpo.errors import CaltechHpoError
+    from caltech_hpo.search import bench
+
+    row = bench.Speed("resnet18", "train", None, 40.0, 50.0, 0.5, 4, "cpu", 1)
+    monkeypatch.setattr(bench, "measure_speed", lambda *_, **__: [row])
+    with pytest.raises(CaltechHpoError, match="not all could be measured: resnet18 train"):
+        bench_commands.bench(
+            model=["resnet18"], device="cpu", batch_size=4, home=tmp_path, data=images[0].root, as_json=True,
+            search=False, reporters=None, seconds=0.1, rounds=1, workers="", storage=None, study=None,
+        )  # fmt: skip
+    measured, _cache = json.loads(capsys.readouterr().out)
+    assert (measured["stock"], measured["ours"]) == (None, 40.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
@@ -140,6 +141,25 @@ def test_imagenet_weights_come_through_torchvisions_cache(hub):
     assert torch.equal(model.bn1.running_var, donor.bn1.running_var)
     assert model.fc.out_features == 5
     assert torch.equal(model.fc.weight, build_model(SMALL, "none", 5, seed=0).fc.weight)
+
+
+def test_weights_are_fetched_once_and_not_announced_on_stdout(hub, monkeypatch, capsys):
+    """Workers that start together wait for one of them; stdout is for answers (--json)."""
+    path, _ = imagenet_file(SMALL)
+    fetched = []
+
+    def fetch(url, file, *_, **__):
+        with pytest.raises(Timeout):
+            FileLock(f"{path}.lock", timeout=0).acquire()
+        torch.save(models.resnet18(num_classes=1000).state_dict(), file)
+        fetched.append(url)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    (hub / "checkpoints").rmdir()
+    for _ in range(2):
+        build_model(SMALL, "imagenet", 5, seed=0)
+    told = capsys.readouterr()
+    assert len(fetched) == 1 and told.out == "" and "Downloading" in told.err
 
 
 def test_without_a_network_the_error_says_which_file_goes_where(hub, monkeypatch):
