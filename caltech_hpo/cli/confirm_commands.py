@@ -17,10 +17,12 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Memory,
     Skip,
     Storage,
     Study,
     answer,
+    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -46,6 +48,7 @@ def confirm(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of each, on fresh seeds.")] = 3,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that train at once.")] = 1,
     device: Device = "auto",
+    memory: Memory = None,
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
@@ -67,8 +70,9 @@ def confirm(
         with open_confirm(study, place, finalists=finalists, seeds=seeds, progress=bars, say=say) as plan:
             say(_announcement(plan))
             events = run_confirm(
-                plan, workers=workers, device=device, skip_unreadable=skip_unreadable, progress=bars, say=say
-            )
+                plan, workers=workers, device=device, memory=bytes_of(memory),
+                skip_unreadable=skip_unreadable, progress=bars, say=say,
+            )  # fmt: skip
             names = [training_name(one.trial, one.recipe) for one in plan.open]
             view = TrainingsView(STDERR, names, sum(one.recipe.epochs for one in plan.open), workers)
             with contextlib.closing(events), view.shown():

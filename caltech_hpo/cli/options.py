@@ -52,6 +52,15 @@ Data = Annotated[
         "--data", envvar="CALTECH_HPO_DATA", help="Folder of images, one sub-folder for each class."
     ),
 ]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        min=0.05,
+        help="GiB that all workers together may use.",
+        show_default="most of what is free",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")]
 Study = Annotated[str, typer.Option("--study", help="Study name; 'caltech-hpo studies' lists them.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:K or mps.")]
@@ -68,6 +77,11 @@ def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place
     from caltech_hpo.search.urls import default_url
 
     return Place(home, storage or default_url(home), data)
+
+
+def bytes_of(gibibytes: float | None) -> int | None:
+    """What --memory gives, in bytes."""
+    return None if gibibytes is None else int(gibibytes * 2**30)
 
 
 def say(text: str) -> None:

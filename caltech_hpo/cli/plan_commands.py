@@ -14,10 +14,12 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Memory,
     Skip,
     Storage,
     Study,
     answer,
+    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -43,6 +45,7 @@ def plan(
     ] = 40,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that train at once.")] = 1,
     device: Device = "auto",
+    memory: Memory = None,
     no_baselines: Annotated[
         bool, typer.Option("--no-baselines", help="Without the hand-tuned rows.")
     ] = False,
@@ -64,7 +67,7 @@ def plan(
 
     request = SearchRequest(
         study, trials, workers=workers, device=device, baselines=not no_baselines, pruning=not no_pruning,
-        skip_unreadable=skip_unreadable,
+        skip_unreadable=skip_unreadable, memory=bytes_of(memory),
     )  # fmt: skip
     with goes_on(kept=False), progress_bars() as bars:
         made = make_plan(request, place_of(home, storage, data), progress=bars, say=say)

@@ -18,10 +18,12 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Memory,
     Skip,
     Storage,
     Study,
     answer,
+    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -86,6 +88,7 @@ def final(
         int, typer.Option(min=1, max=256, help="Processes that train at once, a seed each.")
     ] = 1,
     device: Device = "auto",
+    memory: Memory = None,
     skip_unreadable: Skip = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
@@ -111,8 +114,8 @@ def final(
         )  # fmt: skip
         say(f"study {study}: trial {plans[0].record.number}, {plans[0].choice}")
         events = run_finals(
-            plans, device=device, workers=workers, retrain=retrain, skip_unreadable=skip_unreadable,
-            allow_leak=allow_leak, progress=bars, say=say,
+            plans, device=device, workers=workers, memory=bytes_of(memory), retrain=retrain,
+            skip_unreadable=skip_unreadable, allow_leak=allow_leak, progress=bars, say=say,
         )  # fmt: skip
         with contextlib.closing(events):
             results = _shown(events, workers, bars)

@@ -18,10 +18,12 @@ from caltech_hpo.cli.options import (
     Device,
     Home,
     Json,
+    Memory,
     Skip,
     Storage,
     Study,
     answer,
+    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -104,12 +106,7 @@ def search(
     cpus_per_worker: Annotated[
         float, typer.Option(min=0.1, help="CPU cores that a worker takes of the cluster.")
     ] = 1.0,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            min=0.05, help="GiB that all workers together may use.", show_default="most of what is free"
-        ),
-    ] = None,
+    memory: Memory = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Write each trial's curves for TensorBoard into this folder, too.")
     ] = None,
@@ -141,7 +138,7 @@ def search(
         baselines=not no_baselines, pruning=not no_pruning, enqueue=parse_params(enqueue or []),
         allow_changed=allow_changed, skip_unreadable=skip_unreadable,
         precision=precision.value if precision else None, weights=weights,
-        memory=None if memory is None else int(memory * 2**30), trial_minutes=trial_timeout,
+        memory=bytes_of(memory), trial_minutes=trial_timeout,
         cluster=cluster_of(engine, ray_address, gpus_per_worker, cpus_per_worker),
     )  # fmt: skip
     place = place_of(home, storage, data)

@@ -154,11 +154,12 @@ def _is_that(one: Candidate, recipe: Recipe | None) -> bool:
 
 
 def run_confirm(
-    plan: ConfirmPlan, *, workers: int = 1, device: str = "auto", skip_unreadable: bool = False,
-    progress: Progress | None = None, say: Say = silent,
+    plan: ConfirmPlan, *, workers: int = 1, device: str = "auto", memory: int | None = None,
+    skip_unreadable: bool = False, progress: Progress | None = None, say: Say = silent,
 ) -> Generator[ConfirmEvent, None, None]:  # fmt: skip
     """Runs what is open, and keeps each training as soon as it has finished.
 
+    `memory` bytes may be used by all workers together (None: most of what is free).
     `plan` comes from `open_confirm`, which must still be open. Only training and validation images are
     loaded. Raises CaltechHpoError when a training fails; what had finished by then is kept.
     """
@@ -178,7 +179,7 @@ def run_confirm(
         count, share = min(workers, len(mine)), min(workers, len(plan.finalists) * len(plan.seeds))
         with open_executor(
             mine[0].recipe, data, device=device, workers=count, share=share, features=plan.place.features,
-            progress=progress,
+            memory=memory, progress=progress,
         ) as executor:  # fmt: skip
             for event in train_all(plan, mine, executor, progress):
                 if isinstance(event, TrainingEnded):

@@ -91,17 +91,17 @@ FinalEvent = (
 
 
 def run_finals(
-    plans: Sequence[FinalPlan], *, device: str, workers: int = 1, retrain: bool = False,
-    skip_unreadable: bool = False, allow_leak: bool = False, progress: Progress | None = None,
-    say: Say = silent,
+    plans: Sequence[FinalPlan], *, device: str, workers: int = 1, memory: int | None = None,
+    retrain: bool = False, skip_unreadable: bool = False, allow_leak: bool = False,
+    progress: Progress | None = None, say: Say = silent,
 ) -> Generator[FinalEvent, None, None]:  # fmt: skip
     """Ends with a `Scored` for each of a study's plans, which differ in their seeds alone.
 
     Trains in workers, keeping the best epoch's weights in the folder being made ("train" keeps the best
-    validation epoch, "train+val" the last one). One that was interrupted goes on from its checkpoint. With
-    `retrain`, weights of scored recipes that are gone are trained again. Raises CaltechHpoError when a
-    training fails (the others keep their checkpoints), DataError before any begins as `load_data` does,
-    and what `taken_meanwhile` raises.
+    validation epoch, "train+val" the last one). One that was interrupted goes on from its checkpoint. All
+    workers together may use `memory` bytes (None: most of what is free). With `retrain`, weights of scored
+    recipes that are gone are trained again. Raises CaltechHpoError when a training fails (the others keep
+    their checkpoints), DataError before any begins as `load_data` does, and what `taken_meanwhile` raises.
     """
     pending = []
     for plan in plans:
@@ -128,12 +128,12 @@ def run_finals(
             )  # fmt: skip
             yield RetrainingPlanned(tuple(missing))
             share = min(workers, len(plans))  # also when it goes on with fewer
-            yield from _trained(missing, data, check, device, share, progress)
+            yield from _trained(missing, data, check, device, share, memory, progress)
 
 
 def _trained(
     plans: Sequence[FinalPlan], data: FinalData, check: Check, device: str, share: int,
-    progress: Progress | None,
+    memory: int | None, progress: Progress | None,
 ) -> Generator[FinalEvent, None, None]:  # fmt: skip
     jobs = [
         # at the end too: whatever ends the call before the score, only scoring remains
@@ -143,8 +143,9 @@ def _trained(
     recipe, features = plans[0].recipe, plans[0].place.features
     count = min(share, len(jobs))
     with open_executor(
-        recipe, data.search, device=device, workers=count, share=share, features=features, progress=progress
-    ) as executor:
+        recipe, data.search, device=device, workers=count, share=share, features=features, memory=memory,
+        progress=progress,
+    ) as executor:  # fmt: skip
         for event in train_each(jobs, executor, progress=progress):
             plan = plans[event.job]
             if isinstance(event, Began):

@@ -155,5 +155,5 @@ def training_failure(event: Failed | Died | Paused) -> Exception:
         return WorkerBugError(event.message)
     fix = "mend that and run it again"
     if event.kind == "out of memory":
-        fix = "use fewer --workers, or end what else takes memory, then run it again: it goes on"
+        fix = "use fewer --workers, more --memory, or end what else takes it; then run it again: it goes on"
     return CaltechHpoError(f"training failed: {event.kind}: {event.message}", fix)

@@ -26,6 +26,13 @@ def searched(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("command", [("confirm", "--finalists", 2, "--seeds", 2), ("final",)])
+def test_they_keep_to_the_memory_that_they_are_given(searched, command):
+    done = here(*command, *STUDY, "--memory", 0.05, cwd=searched)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "51 MiB may be used" in done.stderr and "more --memory" in done.stderr
+
+
 def test_confirm_goes_on_after_ctrl_c_and_ranks_the_finalists(searched):
     command = ["confirm", *STUDY, "--finalists", "2", "--seeds", "2"]
     with subprocess.Popen(
