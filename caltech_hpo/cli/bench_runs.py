@@ -98,7 +98,7 @@ def run_speed(
         ):
             measured.speeds.append(replace(row, device=describe_device(found_device)))
             say(speed_line(measured.speeds[-1]))
-            if None in (row.stock, row.ours, row.floor):
+            if row.rounds < rounds or None in (row.stock, row.ours, row.floor):
                 measured.lacking.append(f"{row.model} {row.phase}")
     measured.cache = measure_cache(index, values[0].resize, place.cache, bars)
     place = replace(place, data=index.root)  # found once: the studies have homes of their own
@@ -108,7 +108,10 @@ def run_speed(
             spec=of_one_batch_size(STUDY),
         )  # fmt: skip
         try:
-            measured.studies.append(measure_study(request, place, seconds=STUDY_SECONDS, progress=bars))
+            searched = measure_study(request, place, seconds=STUDY_SECONDS, progress=bars)
+            measured.studies.append(searched)
+            if not searched.epochs:
+                measured.lacking.append(f"{STUDY} with --workers {count}")
         except (CaltechHpoError, RuntimeError) as error:  # the other numbers are measured all the same
             say(f"{STUDY} with --workers {count}: {error}")
             measured.lacking.append(f"{STUDY} with --workers {count}")

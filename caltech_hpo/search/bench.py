@@ -120,7 +120,8 @@ def measure_speed(
             if whole:
                 yield from _speeds(recipe, device, whole, found, images)
             raise
-    yield from _speeds(recipe, device, rounds, found, images)
+    whole = min(filter(None, map(len, found.values())), default=0)  # a way may have ended midway
+    yield from _speeds(recipe, device, whole, found, images)
 
 
 def _speeds(

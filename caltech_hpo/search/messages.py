@@ -140,12 +140,14 @@ class Paused:
 class Measured:
     """What a `Measure` found, of as many recipes as there was time for.
 
-    `peak` bytes of memory (the GPU's, on one) were the most that the worker took so far.
+    `peak` bytes of memory (the GPU's, on one) were the most that the worker took so far; the `problem` is
+    what kept a recipe from being timed.
     """
 
     job: int
     times: tuple[StepTime, ...]
     peak: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,12 @@ def make_plan(
     data = load_search_data(
         index, spec.recipe.resize, place.cache, skip_unreadable=request.skip_unreadable, progress=progress
     )
+    finished = sum(record.state in ("complete", "pruned") for record in records)
+    workers = max(1, min(request.workers, request.trials - finished))  # as many as a search starts
     say("starting a worker")
     with open_executor(
-        most_demanding(spec), data, device=request.device, features=place.features, memory=request.memory,
-        progress=progress,
+        most_demanding(spec), data, device=request.device, features=place.features,
+        memory=None if request.memory is None else request.memory // workers, progress=progress,
     ) as executor:  # fmt: skip
         binding = binding_of(executor, data, request)
         examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
@@ -82,8 +84,12 @@ def make_plan(
         ready = executor.ready
     if not times:
         raise CaltechHpoError(
-            f"study '{request.study}': no step of it could be timed", "look: caltech-hpo search --smoke"
+            f"study '{request.study}': no step of it could be timed: {measured.problem}",
+            "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
+            "caltech-hpo search --smoke",
         )
+    if measured.problem:
+        say(f"not all of it could be timed: {measured.problem}")
     images = split_sizes(data)
     costs = Costs(times, images)
     forecaster = Forecaster(
@@ -96,12 +102,12 @@ def make_plan(
         for time in sorted(times, key=lambda time: time.kind.views)
     }
     return Plan(
-        request.study, request.trials, request.workers, ready.device, forecast, times,
+        request.study, request.trials, workers, ready.device, forecast, times,
         tuple(costs.epoch(time.kind) for time in times),
-        memory=request.workers * measured.peak,
+        memory=workers * measured.peak,
         pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
         features=sum(views.values()), weights=max(time.weights for time in times),
-        checkpoints=request.workers * CHECKPOINTS * max(time.checkpoint for time in times),
+        checkpoints=workers * CHECKPOINTS * max(time.checkpoint for time in times),
     )  # fmt: skip
 
 
@@ -154,8 +160,11 @@ def time_kinds(
 ) -> Measured:  # fmt: skip
     """Step times of the examples, the first ones where time is short; none where a step cannot be taken.
 
-    That is no error here: the trial itself will say what is wrong.
+    That is no error here: the trial itself will say what is wrong. None either where no worker is free: a
+    cluster's may be lost with their machine.
     """
+    if not executor.free:
+        return Measured(MEASURE, ())
     recipes = tuple(recipe_for(spec, params, binding) for params in examples)
     executor.submit(Measure(MEASURE, recipes, seconds))
     return next(_answers(executor, 1, progress))
@@ -183,4 +192,10 @@ def _answers(executor: Executor, jobs: int, progress: Progress | None) -> Iterat
             progress(event.what, event.done, event.total)
         elif isinstance(event, (Measured, Failed, Died)):
             jobs -= 1
-            yield event if isinstance(event, Measured) else Measured(event.job, ())
+            yield event if isinstance(event, Measured) else Measured(event.job, (), problem=_reason(event))
+
+
+def _reason(event: Failed | Died) -> str:
+    if isinstance(event, Died):
+        return f"the worker died (exit code {event.exit_code})"
+    return f"{event.kind}: {event.message.strip().splitlines()[-1]}"

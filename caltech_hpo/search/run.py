@@ -100,6 +100,8 @@ def open_search(
     spec = resolve_spec(request)
     for warning in warnings_of(spec):
         say(f"warning: {warning}")
+    if request.workers < 1:
+        raise UsageError(f"workers: {request.workers}", "give at least 1")
     # While Optuna is imported and the images are looked at. More than there are cores to import would keep a
     # refusal waiting.
     soon = min(request.workers, request.trials, usable_cores()) if request.cluster is None else 0
@@ -118,7 +120,7 @@ def open_search(
             finished = stored._storage.get_n_trials(stored._study_id, FINISHED)
         workers = max(0, min(request.workers, request.trials - finished))
         dismiss(early, keep=workers)
-        if not workers:
+        if finished >= request.trials:
             yield Search(spec, trial_records(stored) if stored else [], iter(()))
             return
         index = scan(locate_data(spec, place, progress=progress, say=say))

@@ -39,6 +39,15 @@ def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
     assert "51 MiB may be used" in done.stderr
 
 
+def test_a_plan_keeps_to_the_memory_that_the_search_would_have(folder):
+    """Each of two workers has half of it."""
+    planned = ("plan", "--study", "demo", "--data", "images", "--workers", 2)
+    done = here(*planned, "--memory", 0.1, cwd=folder)
+    assert done.returncode == 2 and "51 MiB may be used" in done.stderr and "more --memory" in done.stderr
+    done = here(*planned, "--memory", 0.1, "--trials", 1, cwd=folder)  # which one worker runs
+    assert done.returncode == 2 and "102 MiB may be used" in done.stderr
+
+
 def test_bench_of_searching(folder):
     done = here("bench", "--search", "--trials", 3, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr

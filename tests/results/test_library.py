@@ -50,6 +50,8 @@ def test_names_and_mistakes(tmp_path):
         caltech_hpo.search("dem", trials=1, home=tmp_path)
     with pytest.raises(UsageError):
         caltech_hpo.confirm("demo", home=tmp_path)
+    with pytest.raises(UsageError, match="workers: 0"):
+        caltech_hpo.search("demo", trials=1, workers=0, home=tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         caltech_hpo.tune  # noqa: B018
     assert callable(caltech_hpo.search) and caltech_hpo.search.run.open_search  # the room of the same name

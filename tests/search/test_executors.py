@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import eager_worker, gated_worker, talkative_worker, write_folders
 
 from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.errors import CaltechHpoError, UsageError, WeightsError
-from caltech_hpo.search import underway
+from caltech_hpo.search import measuring, underway
 from caltech_hpo.search.executors import ProcessExecutor
 from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import (
@@ -29,12 +30,13 @@ from caltech_hpo.search.messages import (
     Failed,
     Finished,
     Job,
+    Measure,
     Paused,
     Underway,
     WorkerConfig,
     Working,
 )
-from caltech_hpo.search.planning import warm_up
+from caltech_hpo.search.planning import time_kinds, warm_up
 from caltech_hpo.search.spawning import dismiss, started_early
 from caltech_hpo.search.worker import worker_main
 from caltech_hpo.spec import Hyperparameters, Recipe
@@ -141,6 +143,28 @@ def test_all_workers_take_their_first_steps_at_once(config):
         assert executor.free == 3 and scores(play(executor, Job(0, recipe())))
     finally:
         executor.close()
+
+
+def test_steps_that_find_no_memory_are_left_out(config, monkeypatch):
+    def full(recipe, *args, **options):
+        if recipe.batch_size == 4:
+            raise torch.OutOfMemoryError("4 images at a time\nneed more")
+        return time_steps(recipe, *args, **options)
+
+    time_steps = measuring.time_steps
+    monkeypatch.setattr(measuring, "time_steps", full)
+    executor = InlineExecutor(config)
+    executor.submit(Measure(-1, tuple(recipe(batch_size=size) for size in (4, 3)), 60.0))
+    while isinstance(event := executor.next_event(), Working):
+        pass
+    assert [time.kind.batch_size for time in event.times] == [3]
+    assert event.problem == "4 images at a time" and event.peak > 0
+
+
+def test_no_free_worker_times_no_steps():
+    """A cluster's workers may be lost while they warm up, and be placed again later."""
+    lost = SimpleNamespace(free=0)
+    assert time_kinds(lost, None, [], None, 1.0, None).times == ()
 
 
 def test_an_interrupt_while_a_process_starts_comes_afterwards():
@@ -424,8 +448,6 @@ def test_a_worker_is_told_how_much_memory_it_may_use(config):
 def test_memory_that_runs_out_is_an_outcome(config, monkeypatch):
     events = play(InlineExecutor(config), Job(0, recipe(crop=128, resize=128)))
     assert isinstance(events[-1], Failed)  # the cache holds 36 pixels: a bug, not memory
-    import torch
-
     from caltech_hpo.search import worker
 
     tried, states = [], []
