@@ -1,0 +1,42 @@
+"""A step's time is that of a step like those of an hour later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from caltech_hpo.training import timing
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def steady(durations, device, monkeypatch, warming=1, enough=timing.TRAINING):
+    """What is found of steps that take so long, and how many were taken."""
+    now, left = [0.0], iter(durations)
+    taken = []
+
+    def step():
+        taken.append(next(left))
+        now[0] += taken[-1]
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return pytest.approx(timing._steady(step, device, warming, enough)), len(taken)
+
+
+@pytest.mark.parametrize(
+    ("durations", "expected"),
+    [
+        ([1.20, 0.57, 0.54, 0.37, 0.36, 9], (0.36, 5)),  # AlexNet's first steps in a process
+        ([1.9, 1.7, 1.6, 1.5, 9], (1.5, 4)),
+        ([0.1] + [0.01] * 6 + [0.5] + [0.02] * 9, (0.02, 12)),  # fast ones: many; another program's pause
+        ([5.0, 9], (5.0, 1)),
+        ([3.9, 3.8, 3.7, 3.6, 9], (3.6, 4)),
+    ],
+)
+def test_on_a_cpu_until_memory_is_made(durations, expected, monkeypatch):
+    assert steady(durations, CPU, monkeypatch) == expected
+
+
+def test_on_a_gpu_as_few_as_can_be(monkeypatch):
+    assert steady([2.0, 1.0, 0.5, 0.1, 0.2, 9], GPU, monkeypatch, warming=3) == (0.15, 5)
+    assert steady([4.5, 9], GPU, monkeypatch, warming=3) == (4.5, 1)
