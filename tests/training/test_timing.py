@@ -28,7 +28,7 @@ def steady(durations, device, monkeypatch, warming=1, enough=timing.TRAINING):
     [
         ([1.20, 0.57, 0.54, 0.37, 0.36, 9], (0.36, 5)),  # AlexNet's first steps in a process
         ([1.9, 1.7, 1.6, 1.5, 9], (1.5, 4)),
-        ([0.1] + [0.01] * 6 + [0.5] + [0.02] * 9, (0.02, 12)),  # fast ones: many; another program's pause
+        ([0.1] + [0.02] * 6 + [0.5] + [0.02] * 9, (0.02, 12)),  # fast ones: many; another program's pause
         ([5.0, 9], (5.0, 1)),
         ([3.9, 3.8, 3.7, 3.6, 9], (3.6, 4)),
     ],
