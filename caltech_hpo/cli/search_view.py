@@ -129,7 +129,7 @@ class SearchView:
         self._line(
             f"trial {number} epoch {result.epoch}/{row.epochs}: loss {result.training_loss:.4f}, "
             f"validation {percent(result.validation_top1)} (best of trial {percent(best)}, of study "
-            f"{percent(self._best)}), {result.seconds:.0f} s, {self._left} left"
+            f"{percent(self._best)}), {result.seconds:.0f} s{_in_pieces(result)}, {self._left} left"
         )
 
     def _ended(self, number: int, state: str, value: float | None, reason: str) -> None:
@@ -172,4 +172,9 @@ class SearchView:
         return Group(table, foot)
 
     def _running_note(self, row: _Row) -> str:
-        return row.doing or f"running, {duration(time.monotonic() - row.began)}"
+        took = f"running, {duration(time.monotonic() - row.began)}"
+        return row.doing or took + (_in_pieces(row.latest) if row.latest else "")
+
+
+def _in_pieces(result: EpochResult) -> str:
+    return f", {result.micro_batch} images at a time" if result.micro_batch else ""

@@ -369,6 +369,18 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
+def test_batches_in_pieces_are_told(terminal):
+    console = Console(file=StringIO(), width=200, force_terminal=terminal)
+    view = SearchView(console, "demo", 1, [], None)
+    view.handle(TrialStarted(0, {}, 2, ""))
+    result = record(0, 1).epochs[0]
+    for pieces in (None, 4):
+        view.handle(TrialEpoch(0, result.model_copy(update={"micro_batch": pieces}), 0.5))
+        console.print(view._render())
+        assert ("4 images at a time" in console.file.getvalue()) == (pieces == 4)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
 def test_a_lost_worker_is_told(terminal):
     console = Console(file=StringIO(), width=200, force_terminal=terminal)
     view = TrainingsView(console, ["trial 0 seed 1"], 3, workers=1)
