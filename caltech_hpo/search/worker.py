@@ -48,7 +48,7 @@ from caltech_hpo.training.device import (
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import never, train
 from caltech_hpo.training.memory import MicroBatches, in_pieces_of
-from caltech_hpo.training.models import check_model, weights_sha256
+from caltech_hpo.training.models import check_model
 from caltech_hpo.training.prepare import Prepared, prepare
 from caltech_hpo.training.state import TrainingState, begin, captured, changing, restore
 from caltech_hpo.training.system_memory import (
@@ -58,6 +58,7 @@ from caltech_hpo.training.system_memory import (
     release_freed_memory,
 )
 from caltech_hpo.training.trained import DESCRIPTION, describe_model
+from caltech_hpo.training.weights import weights_sha256
 
 JobEvent = Working | EpochDone | Finished | Paused | Measured | Failed
 # Between progress messages of one job, in parts of the whole.

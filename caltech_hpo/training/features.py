@@ -28,9 +28,9 @@ from caltech_hpo.errors import DataError
 from caltech_hpo.spec import Recipe
 from caltech_hpo.terms import Precision
 from caltech_hpo.training.device import autocast, try_algorithms
-from caltech_hpo.training.models import state_sha256
 from caltech_hpo.training.sources import FeatureSource, ImageSource
 from caltech_hpo.training.timm_models import timm_version
+from caltech_hpo.training.weights import state_sha256
 
 # Features of a view may take this much: about what its decoded pixels take. More is read from disk
 # more slowly than an early, cheap prefix computes it.

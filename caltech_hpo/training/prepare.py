@@ -19,8 +19,9 @@ from caltech_hpo.training.convolutions import choose_convolutions
 from caltech_hpo.training.device import resolve_precision
 from caltech_hpo.training.features import Split, Step, feature_source
 from caltech_hpo.training.freezing import apply_freeze, split_frozen
-from caltech_hpo.training.models import build_model, weights_sha256
+from caltech_hpo.training.models import build_model
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
+from caltech_hpo.training.weights import weights_sha256
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

@@ -19,7 +19,7 @@ from caltech_hpo.search.inline import InlineExecutor
 from caltech_hpo.search.messages import EpochDone, Finished, Job, WorkerConfig, Working
 from caltech_hpo.search.space import Binding, recipe_for
 from caltech_hpo.study_files import complete_params, load_study
-from caltech_hpo.training.models import imagenet_file
+from caltech_hpo.training.weights import imagenet_file
 
 # Enough to train a row; at its own 224 pixels a VGG16 takes minutes.
 SMALL = {"epochs": 1, "resize": 72, "crop": 64}

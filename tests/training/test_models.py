@@ -14,9 +14,10 @@ from caltech_hpo.spec import Hyperparameters, Recipe
 from caltech_hpo.terms import BLOCKS
 from caltech_hpo.training.architectures import ARCHITECTURES, architecture_info
 from caltech_hpo.training.freezing import apply_freeze, split_frozen, training_mode
-from caltech_hpo.training.models import build_model, check_input, imagenet_file, set_dropout, weights_sha256
+from caltech_hpo.training.models import build_model, check_input, set_dropout
 from caltech_hpo.training.prepare import model_for
 from caltech_hpo.training.summary import summarize
+from caltech_hpo.training.weights import imagenet_file, weights_sha256
 
 SMALL = "resnet18"  # the quickest to build
 # Parameters with torchvision's 1,000 classes, from https://pytorch.org/vision/stable/models.html
@@ -206,8 +207,9 @@ def test_unusable_weights_files(tmp_path, kind, capsys, monkeypatch):
     elif kind == "cut":
         torch.save(models.resnet18().state_dict(), path)
         path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(WeightsError, match=r"w\.pth"):
+    with pytest.raises(WeightsError, match=r"w\.pth") as raised:
         build_model(SMALL, str(path), 5, seed=0)
+    assert "weights_only" not in str(raised.value)  # how to run its code
     assert "code ran" not in capsys.readouterr().out
 
 
