@@ -45,10 +45,3 @@ SMALLEST_CROP: dict[str, int] = {"alexnet": 63}
 DEFAULT_SMALLEST_CROP = 32
 
 Alpha = Annotated[FiniteFloat, Field(ge=0), AfterValidator(_off_or_drawable)]  # 0: off
-
-
-def size(count: float) -> str:
-    """Bytes as "12 MiB" or "1.5 GiB"."""
-    if count < 2**30:
-        return f"{count / 2**20:.0f} MiB"
-    return f"{count / 2**30:.1f} GiB"

@@ -26,7 +26,7 @@ from caltech_hpo.cli.options import (
     say,
 )
 from caltech_hpo.cli.tables import table_of
-from caltech_hpo.terms import size
+from caltech_hpo.units import size
 
 if TYPE_CHECKING:
     from caltech_hpo.search.forecast import Forecast

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from caltech_hpo.spec import Recipe
-from caltech_hpo.terms import size
 from caltech_hpo.training.convolutions import fuse_again
 from caltech_hpo.training.device import autocast, resolve_precision, try_algorithms
 from caltech_hpo.training.freezing import training_mode
 from caltech_hpo.training.prepare import Prepared
 from caltech_hpo.training.sources import FeatureSource
 from caltech_hpo.training.system_memory import is_out_of_memory, release_freed_memory
+from caltech_hpo.units import size
 
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
