@@ -184,11 +184,12 @@ def evaluate(
     """
     model.eval()
     precision = resolve_precision(precision, device)
-    logits, labels = _logits(model, watched(data.evaluation(), interrupted), device, precision)
+    batches = watched(data.evaluation(), interrupted)
+    logits, labels = _logits(model, batches, len(data), device, precision)
     top1_flip = None
     if flip:
         batches = watched(data.evaluation(flipped=True), interrupted)
-        mirrored, _ = _logits(model, batches, device, precision)
+        mirrored, _ = _logits(model, batches, len(data), device, precision)
         both = logits.softmax(1) + mirrored.softmax(1)
         top1_flip = float((both.argmax(1) == labels).double().mean())
     loss = float(nn.functional.cross_entropy(logits, labels))
@@ -197,14 +198,24 @@ def evaluate(
 
 
 def _logits(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: Precision
+    model: nn.Module, batches: Iterable[Batch], images: int, device: torch.device, precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """(n, classes) float32 and (n,) int64, both on the CPU."""
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
+    """(images, classes) float32 and (images,) int64, both on the CPU.
+
+    Small tensors that stay, one of each batch, would lie in what the batch before has freed: on a CPU the
+    next one would not fit there any more, and an epoch of AlexNet took 1.4 GB for nothing.
+    """
+    logits = torch.empty(0)
+    labels = torch.empty(images, dtype=torch.int64, device=device)
+    done = largest = 0
     for inputs, truth in batches:
-        try_algorithms(wanted=not labels or len(truth) == len(labels[0]))
+        largest = max(largest, len(truth))
+        try_algorithms(wanted=len(truth) == largest)
         with autocast(device, precision):
-            logits.append(model(inputs).float())
-        labels.append(truth)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+            output = model(inputs).float()
+        if not done:
+            logits = torch.empty((images, output.shape[1]), device=output.device)
+        logits[done : done + len(truth)] = output
+        labels[done : done + len(truth)] = truth
+        done += len(truth)
+    return logits[:done].cpu(), labels[:done].cpu()

@@ -23,6 +23,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 class Source(Protocol):
     """A split, as batches of (inputs, labels) on its device."""
 
+    def __len__(self) -> int:
+        """How many images it has."""
+
     @property
     def sizes(self) -> list[int]:
         """The sizes of an epoch's training batches."""
@@ -63,6 +66,9 @@ class ImageSource:
     images: Images
     plan: BatchPlan
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     @property
     def sizes(self) -> list[int]:
         """As `batch_sizes` says."""
@@ -99,6 +105,9 @@ class FeatureSource:
     views: tuple[Tensor, ...]
     labels: Tensor
     plan: BatchPlan
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def sizes(self) -> list[int]:
