@@ -48,7 +48,8 @@ class StepTime(Frozen):
 
     `once` seconds an image and view go by where a frozen prefix is computed for the first time (0: nothing
     is kept), taking `kept` bytes each on disk. `memory` is the estimated peak in bytes, the model included;
-    `weights` is the model's part of it, and the size of its file; `checkpoint` is a checkpoint's size.
+    `weights` is the model's part of it, and the size of its file; `checkpoint` is a checkpoint's size. A
+    batch goes in pieces of `micro_batch` images (None: whole).
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class StepTime(Frozen):
     memory: NonNegativeInt = 0
     weights: NonNegativeInt = 0
     checkpoint: NonNegativeInt = 0
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
 
     def times(self, factor: float) -> StepTime:
         """The same, every step taking `factor` times as long."""

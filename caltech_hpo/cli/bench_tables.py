@@ -55,7 +55,7 @@ def speed_table(found: Measurements, machine: str) -> Group:
 def speed_line(row: Speed) -> str:
     """A row as soon as it is measured."""
     return (
-        f"{row.model} {row.phase}: {_rate(row.ours)} images/s, stock {_rate(row.stock)} "
+        f"{row.model} {row.phase}, images/s: {_rate(row.ours)}, stock {_rate(row.stock)} "
         f"(ours / stock {_ratio(row.over_stock)}), floor {_rate(row.floor)} ({_ratio(row.of_floor)})"
     )
 

@@ -57,7 +57,7 @@ Memory = Annotated[
     typer.Option(
         "--memory",
         min=0.05,
-        help="GiB that all workers together may use.",
+        help="GiB that all workers may train in together; each takes 0.4 beside.",
         show_default="most of what is free",
     ),
 ]

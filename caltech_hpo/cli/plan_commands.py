@@ -31,6 +31,7 @@ from caltech_hpo.units import size
 if TYPE_CHECKING:
     from caltech_hpo.search.forecast import Forecast
     from caltech_hpo.search.planning import Plan
+    from caltech_hpo.timings import StepTime
 
 
 def register(app: typer.Typer) -> None:
@@ -98,7 +99,7 @@ def plan_json(made: Plan) -> dict[str, Any]:
         "history_trials": made.forecast.history,
         "kinds": [
             {**time.kind.model_dump(), "epoch_seconds": epoch, "setup_seconds": time.setup,
-             "memory": time.memory}
+             "memory": time.memory, "micro_batch": time.micro_batch}
             for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
         ],
         "memory": made.memory,
@@ -112,7 +113,7 @@ def plan_json(made: Plan) -> dict[str, Any]:
 def plan_text(made: Plan) -> Group:
     """The plan for people."""
     rows = [
-        [time.kind.freeze, str(time.kind.frozen_blocks), str(time.kind.batch_size),
+        [time.kind.freeze, str(time.kind.frozen_blocks), _batch(time),
          f"{time.kind.views} an image" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s",
          size(time.memory)]
         for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
@@ -126,3 +127,8 @@ def plan_text(made: Plan) -> Group:
         f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, the best trial's weights "
         f"{size(made.weights)}; while it runs up to {size(made.checkpoints)} of checkpoints",
     )
+
+
+def _batch(time: StepTime) -> str:
+    pieces = f", {time.micro_batch} at a time" if time.micro_batch else ""
+    return f"{time.kind.batch_size}{pieces}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from caltech_hpo.data.cache import LabeledImages, Progress, build_cache, open_cache, read_index
 from caltech_hpo.data.dataset import DatasetIndex, Sample
 from caltech_hpo.data.decode import Pixels
+from caltech_hpo.data.files import shown
 from caltech_hpo.errors import DataError, UnreadableImagesError
 
 MOST_NAMED = 3  # unreadable images, in a message
@@ -99,6 +100,15 @@ def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dic
             else "no readable validation image"
         )
         raise DataError(f"{index.root}: {what}", "replace the unreadable images")
+
+
+def described(root: Path, data: SearchData) -> str:
+    """What is trained on: a study's own images may have been replaced."""
+    training, validation = (len(read_index(cache)["labels"]) for cache in data.caches.values())
+    return (
+        f"images of {shown(root)}: {training:,} for training, {validation:,} for validation, "
+        f"{len(data.classes)} classes"
+    )
 
 
 def left_out(caches: Mapping[str, Path]) -> str:

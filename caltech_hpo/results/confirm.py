@@ -25,7 +25,7 @@ from caltech_hpo.results.ledger import now
 from caltech_hpo.results.ranking import Candidate, Confirmation, candidates, rank
 from caltech_hpo.results.runs_table import ConfirmRun, add_request, add_run, requests, runs
 from caltech_hpo.results.trainings import SEEDS, Began, require_same_images, searched_data, seeded, train_each
-from caltech_hpo.search.locks import confirm_lock
+from caltech_hpo.search.locks import confirm_lock, holders_of
 from caltech_hpo.search.messages import EpochDone, Job, Underway
 from caltech_hpo.search.pruning import divergence
 from caltech_hpo.search.records import TrialRecord, trial_records
@@ -118,6 +118,8 @@ def open_confirm(
         )
     if len(chosen) < finalists:
         say(f"study {name} has {len(chosen)} configurations with a complete trial, not {finalists}")
+    if searcher := holders_of(place.storage, place.home, [name]).get(name):
+        say(f"study {name} is being searched ({searcher}): what ends from now on is not among the finalists")
     recipes = {record.number: record.recipe for record in records}
     with confirm_lock(place.storage, place.home, name):
         storage = open_storage(place.storage)

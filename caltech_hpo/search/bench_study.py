@@ -70,7 +70,7 @@ def measure_study(request: SearchRequest, place: Place, *, seconds: float, progr
                     if warm := len(first) == opened.workers:
                         begin, ended_before = time.perf_counter(), ended
                 ended += isinstance(event, TrialEnded)
-                progress(f"{request.study}, {opened.workers} workers: trials", ended, request.trials)
+                progress(f"{request.study} with --workers {opened.workers}: trials", ended, request.trials)
                 taken = time.perf_counter() - begin
                 enough = seconds if warm and epochs >= opened.workers else WARMING * seconds
                 if taken > enough:

@@ -42,10 +42,17 @@ class Costs:
         return min(self.times, key=lambda time: kind.distance(time.kind), default=None)
 
     def once(self, kinds: set[Kind]) -> float:
-        """Seconds for the outputs of frozen prefixes, computed once for each of them."""
+        """Seconds for the outputs of frozen prefixes, computed once for each of them.
+
+        What a training was seen to draw from is there already.
+        """
+        there: dict[tuple[str, int], int] = defaultdict(int)
+        for kind in self.seen:
+            prefix = kind.freeze, kind.frozen_blocks
+            there[prefix] = max(there[prefix], kind.views)
         found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
         for time in self.times:
-            if time.kind in kinds and time.kind not in self.seen:
+            if time.kind in kinds and time.kind.views > there[time.kind.freeze, time.kind.frozen_blocks]:
                 found[time.kind.freeze, time.kind.frozen_blocks].append((time.kind.views, time.once))
         return sum(
             statistics.median(once for _, once in prefix)

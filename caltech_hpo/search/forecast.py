@@ -18,7 +18,7 @@ from caltech_hpo.search.events import (
     TrialStarted,
     TrialUnderway,
 )
-from caltech_hpo.search.records import TrialRecord
+from caltech_hpo.search.records import OUT_OF_MEMORY, TrialRecord
 from caltech_hpo.search.space import suggest
 from caltech_hpo.spec import Hyperparameters, StudySpec
 from caltech_hpo.timings import Kind, kind_of
@@ -97,7 +97,10 @@ class Forecaster:
         self._finished = 0
         for record in records:
             self._learn(record)
-        tried = {record.baseline for record in records}
+        tried = {
+            record.baseline for record in records
+            if record.state != "failed" or not record.stop_reason.startswith(OUT_OF_MEMORY)
+        }  # fmt: skip
         rows = [row.params for row in spec.baselines if row.name not in tried] if baselines else []
         waiting = [record for state in ("running", "waiting") for record in records if record.state == state]
         self._queued = [self._left(record) for record in waiting]

@@ -55,7 +55,7 @@ def make_plan(
 ) -> Plan:
     """Times a few steps; the study, if there is one, is only read. Raises as a search would."""
     from caltech_hpo.data.dataset import scan
-    from caltech_hpo.data.loading import load_search_data
+    from caltech_hpo.data.loading import described, load_search_data
     from caltech_hpo.errors import CaltechHpoError
     from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.request import resolve_spec
@@ -72,6 +72,7 @@ def make_plan(
     )
     finished = sum(record.state in ("complete", "pruned") for record in records)
     workers = max(1, min(request.workers, request.trials - finished))  # as many as a search starts
+    say(described(index.root, data))
     say("starting a worker")
     with open_executor(
         most_demanding(spec), data, device=request.device, features=place.features,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import optuna
 
 BASELINE_ATTR = "baseline"
+OUT_OF_MEMORY = "out of memory"  # how the stop_reason of such a trial begins
 RECIPE_KEY = "caltech_hpo:recipe"
 EPOCH_KEY = "caltech_hpo:epoch:"
 

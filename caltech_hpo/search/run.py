@@ -135,7 +135,7 @@ def _run(
     request: SearchRequest, place: Place, spec: StudySpec, index: DatasetIndex, workers: int, early: Early,
     check_lock: Check, progress: Progress | None, say: Say, stop: Callable[[], bool],
 ) -> Iterator[Search]:  # fmt: skip
-    from caltech_hpo.data.loading import left_out, load_search_data
+    from caltech_hpo.data.loading import described, left_out, load_search_data
     from caltech_hpo.search.planning import binding_of, forecaster_for
     from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.space import most_demanding
@@ -149,6 +149,7 @@ def _run(
     )  # fmt: skip
     if missing := left_out(data.caches):
         say(missing)
+    say(described(index.root, data))
     storage = open_storage(place.storage)
     use_safe_journal(storage.engine)
     say(f"starting {workers} worker{'s' if workers > 1 else ''}")

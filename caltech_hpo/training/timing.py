@@ -63,7 +63,7 @@ def time_steps(
     weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     return StepTime(
         kind=kind_of(recipe), setup=setup, batch=batch, evaluation=evaluation, once=once, kept=kept,
-        weights=weights, checkpoint=checkpoint,
+        weights=weights, checkpoint=checkpoint, micro_batch=prepared.micro_batch,
         memory=weights + needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
     )  # fmt: skip
 

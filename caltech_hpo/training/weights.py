@@ -85,7 +85,8 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:  # torch would tell how to run the file's code
         raise WeightsError(f"{path}: holds other things than tensors, or is no torch file", fix) from error
     except Exception as error:  # damaged archives raise many types
-        raise WeightsError(f"{path}: cannot be read: {type(error).__name__}: {error}", fix) from error
+        why = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise WeightsError(f"{path}: cannot be read: {why}", fix) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path}: is not a state dictionary", fix)
     return state

@@ -26,6 +26,7 @@ from caltech_hpo.results.plan import choose_trial, plan_finals
 from caltech_hpo.results.ranking import Candidate, candidates, rank
 from caltech_hpo.results.runs_table import add_request, runs
 from caltech_hpo.results.trainings import seeded
+from caltech_hpo.search.locks import search_lock
 from caltech_hpo.search.messages import Died, EpochDone, EpochPart, Failed, Finished, Ready, Underway
 from caltech_hpo.search.records import trial_record, trial_records
 from caltech_hpo.search.request import Place
@@ -128,7 +129,9 @@ class Scripted:
         self.script, self.jobs, self.workers, self.events, self.stopped = script, [], 1, {}, set()
         self.ready = Ready("cpu", "fp32", {})
 
-    def __call__(self, recipe, data, *, device, workers=1, share=1, features=None, progress=None):
+    def __call__(
+        self, recipe, data, *, device, workers=1, share=1, features=None, memory=None, progress=None
+    ):  # fmt: skip
         self.workers, self.events = workers, {}
         return self
 
@@ -212,6 +215,14 @@ def test_what_is_left_out_is_said(place, monkeypatch):
     with open_confirm("demo@2", place, finalists=1, seeds=1) as plan:
         list(run_confirm(plan, skip_unreadable=True, say=told.append))
     assert told == [f"left out, since unreadable: 1 image(s) (training: {lost})"]
+
+
+def test_who_searches_the_study_meanwhile_is_told(place):
+    told = []
+    with search_lock(place.storage, place.home, "demo"), open_confirm(
+        "demo", place, finalists=1, seeds=1, say=told.append
+    ):  # fmt: skip
+        assert len(told) == 1 and "study demo is being searched (" in told[0] and "process" in told[0]
 
 
 def test_where_a_training_is_is_told(place, monkeypatch):

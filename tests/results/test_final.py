@@ -74,7 +74,7 @@ def place(tmp_path, monkeypatch):
         def __exit__(self, *error):
             self.close()
 
-    def inline(recipe, data, *, device, workers, share, features, progress):
+    def inline(recipe, data, *, device, workers, share, features, memory, progress):
         return Inline(WorkerConfig(data, device, 1, recipe, features))
 
     monkeypatch.setattr(retraining, "open_executor", inline)

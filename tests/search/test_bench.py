@@ -236,7 +236,7 @@ def test_what_was_measured_is_kept_where_a_study_is_refused(images, tmp_path, mo
     assert found.lacking == ["alexnet-scratch with --workers 1"]
     said = capsys.readouterr().err
     assert "with --workers 1: the disk is full" in said
-    assert "resnet18 train: 40.0 images/s, stock 10.0 (ours / stock 4.000), floor 50.0 (0.800)" in said
+    assert "resnet18 train, images/s: 40.0, stock 10.0 (ours / stock 4.000), floor 50.0 (0.800)" in said
 
 
 def test_what_was_measured_is_printed_when_it_is_ended(images, tmp_path, monkeypatch, capsys):

@@ -197,6 +197,19 @@ def test_frozen_prefixes_are_computed_once():
     assert nine - one == pytest.approx(8 * 21, rel=0.1)
 
 
+def test_a_prefixs_outputs_are_there_once_a_training_drew_from_them():
+    def time(**changes):
+        kind = Kind(freeze="features", frozen_blocks=0, views=2, batch_size=10)
+        return TIME.model_copy(update={"kind": kind.model_copy(update=changes), "once": 0.1})
+
+    mine, other_batch, plain = time(), time(batch_size=20), time(views=1)
+    all_views = 0.1 * (2 * 100 + 50)
+    for seen, expected in ((None, all_views), (mine, 0), (other_batch, 0), (plain, all_views)):
+        known = {} if seen is None else {seen.kind: [2.0]}
+        found = Costs((mine, other_batch), IMAGES, known).once({mine.kind, other_batch.kind})
+        assert found == pytest.approx(expected)
+
+
 def test_it_learns_from_the_search_it_watches():
     watched = Forecaster(SPEC, [], costs(), pruning=False)
     before = watched.forecast(4).seconds

@@ -418,6 +418,17 @@ def test_out_of_memory_ends_the_trial_not_the_search(storage):
     assert study.trials[0].user_attrs["stop_reason"] == "out of memory: the reason"
 
 
+def test_rows_that_found_no_memory_are_run_by_the_next_search(storage):
+    """Three of them end a search; whoever then gives it more memory wants them first, and each once."""
+    rows = tuple(Baseline(name=f"row {i}", params={"learning_rate": 0.001 * (i + 1)}) for i in range(4))
+    spec = SPEC.model_copy(update={"baselines": rows})
+    with pytest.raises(CaltechHpoError, match="3 trials in a row failed"):
+        supervise(storage, Scripted(failing("out of memory", 99)), 5, spec)
+    study, _ = supervise(storage, Scripted(), 5, spec)
+    names = [trial.user_attrs.get("baseline") for trial in study.trials]
+    assert names == ["row 0", "row 1", "row 2", "row 0", "row 1", "row 2", "row 3", None]
+
+
 def test_a_dead_workers_trial_goes_on(storage):
     died = []
 

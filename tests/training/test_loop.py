@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_devices_and_precision():
             resolve_device(name)
     assert resolve_precision("fp32", CPU) == "fp32"
     assert resolve_precision("auto", CPU) == ("bf16" if has_fast_bf16(CPU) else "fp32")
+
+
+def test_scoring_keeps_no_batchs_output(data):
+    """Small ones, left where the batch before was, made each batch take new memory on a CPU."""
+
+    class Watched(torch.nn.Module):
+        def forward(self, images):
+            outputs.append(weakref.ref(made := images.mean((2, 3))))
+            alive.append(sum(output() is not None for output in outputs))
+            return made
+
+    outputs, alive = [], []
+    source = ImageSource(data[1], plan_for(recipe(batch_size=2), CPU))
+    scores = evaluate(Watched(), source, CPU, "fp32")
+    assert len(scores.predictions) == len(data[1]) and len(alive) > 3
+    assert max(alive) == 2  # this one, and the one before as long as this is made
 
 
 @pytest.mark.gpu
