@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from caltech_hpo.data.batches import BatchPlan, Images
@@ -65,13 +65,10 @@ def feature_source(
     The last item is None where the features would be too large to keep. Raises DataError where they
     cannot be written.
     """
-    state = state_sha256(prefix.state_dict(), repr(prefix))
     opened: list[Tensor] = []
-    for view in range(views):
+    for files in _files(prefix, recipe, split, plan, folder, views, precision):
         tensors = []
-        for images, name in split.parts:
-            key = feature_key(state, recipe, plan, name, view, precision)
-            file = folder / f"{key}.npy"
+        for view, images, file in files:
             if stored_features(file) is None:
                 if feature_bytes(prefix, plan, precision) > MOST_BYTES:
                     yield None
@@ -82,6 +79,36 @@ def feature_source(
     labels = torch.cat([torch.as_tensor(images.labels) for images, _ in split.parts])
     kept = tuple(tensor.to(plan.device) for tensor in opened)
     yield FeatureSource(kept, labels.to(plan.device), plan)
+
+
+def compute_free(
+    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, *,
+    views: int, precision: Precision, label: str,
+) -> Iterator[Step]:  # fmt: skip
+    """Computes what is missing of a split and no other worker computes; yields steps."""
+    for files in _files(prefix, recipe, split, plan, folder, views, precision):
+        for view, images, file in files:
+            if stored_features(file) is None:
+                if feature_bytes(prefix, plan, precision) > MOST_BYTES:
+                    return
+                yield from _compute(
+                    prefix, images, plan, file, precision, flipped=bool(view), label=label, waits=False
+                )
+
+
+def _files(
+    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, views: int,
+    precision: Precision,
+) -> list[list[tuple[int, Images, Path]]]:  # fmt: skip
+    """For each view of a split, of each of its parts: the view, the images, and where the features are."""
+    state = state_sha256(prefix.state_dict(), repr(prefix))
+    return [
+        [
+            (view, images, folder / f"{feature_key(state, recipe, plan, name, view, precision)}.npy")
+            for images, name in split.parts
+        ]
+        for view in range(views)
+    ]
 
 
 def feature_key(
@@ -108,17 +135,23 @@ def feature_bytes(prefix: nn.Module, plan: BatchPlan, precision: Precision) -> i
 
 def _compute(
     prefix: nn.Module, images: Images, plan: BatchPlan, file: Path, precision: Precision, *,
-    flipped: bool, label: str,
+    flipped: bool, label: str, waits: bool = True,
 ) -> Iterator[Step]:  # fmt: skip
-    """Writes the features to a temporary file, syncs, renames; another worker's result is kept."""
+    """Writes the features to a temporary file, syncs, renames; another worker's result is kept.
+
+    Does nothing where another one computes them, unless it `waits` for that.
+    """
     folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     what = f"features of the {label} images" + (", mirrored" if flipped else "")
     source = ImageSource(images, BatchPlan(CHUNK, plan.crop, plan.normalization, plan.device))
     lock = FileLock(file.with_suffix(".lock"))
-    for _ in waits_for(lock, WAIT):  # not silently: whoever says nothing for long counts as hung
-        yield f"waiting for the {what}, which another worker computes", 0, len(images)
+    if not waits and not _took(lock):
+        return
+    if waits:
+        for _ in waits_for(lock, WAIT):  # not silently: whoever says nothing for long counts as hung
+            yield f"waiting for the {what}, which another worker computes", 0, len(images)
     try:
         if stored_features(file) is not None:
             return
@@ -146,6 +179,15 @@ def _compute(
             temporary.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def _took(lock: FileLock) -> bool:
+    """Takes the lock unless somebody has it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def _rows(

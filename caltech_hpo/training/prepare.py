@@ -17,7 +17,7 @@ from caltech_hpo.terms import TIMM
 from caltech_hpo.timings import views_of
 from caltech_hpo.training.convolutions import choose_convolutions
 from caltech_hpo.training.device import resolve_precision
-from caltech_hpo.training.features import Split, Step, feature_source
+from caltech_hpo.training.features import Split, Step, compute_free, feature_source
 from caltech_hpo.training.freezing import apply_freeze, split_frozen
 from caltech_hpo.training.models import build_model
 from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
@@ -118,6 +118,10 @@ def prepare(
         needed = {"training": (training, views)}
         if validation is not None:
             needed["validation"] = (validation, 2 if recipe.test_time_flip else 1)
+        for label, (split, count) in needed.items():  # workers that begin together share the work
+            yield from compute_free(
+                prefix, recipe, split, plan, features, views=count, precision=precision, label=label
+            )
         found: list[FeatureSource] = []
         for label, (split, count) in needed.items():
             for step in feature_source(
