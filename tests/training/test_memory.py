@@ -143,7 +143,7 @@ def test_another_kind_is_looked_at_again(splits, change, monkeypatch):
 
 def test_too_little_for_one_image_says_what_is_needed(splits):
     made = recipe()
-    with pytest.raises(torch.OutOfMemoryError, match=r"1 images at a time need about .* GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"1 images at a time need about .* MiB"):
         MicroBatches(CPU, 1 << 20).fit(made, ready(made, splits))
 
 
