@@ -102,9 +102,15 @@ def _check_coverage(index: DatasetIndex, training: Sequence[Sample], caches: dic
         raise DataError(f"{index.root}: {what}", "replace the unreadable images")
 
 
+def split_sizes(data: SearchData) -> tuple[int, int]:
+    """How many images training and validation have."""
+    training, validation = (len(read_index(cache)["labels"]) for cache in data.caches.values())
+    return training, validation
+
+
 def described(root: Path, data: SearchData) -> str:
     """What is trained on: a study's own images may have been replaced."""
-    training, validation = (len(read_index(cache)["labels"]) for cache in data.caches.values())
+    training, validation = split_sizes(data)
     return (
         f"images of {shown(root)}: {training:,} for training, {validation:,} for validation, "
         f"{len(data.classes)} classes"

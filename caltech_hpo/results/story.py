@@ -80,7 +80,7 @@ def study_note(
     scores: Sequence[FinalScore] = (), uses: int = 0,
 ) -> str:  # fmt: skip
     """What the study is, where it stands, how to go on, and what it searches."""
-    finished = finished_count(list(records))
+    finished = finished_count(records)
     lines = [plain(spec.about.partition("\n\n")[0]), _standing(records), _best(records)]
     if confirmed:
         interval = "" if confirmed.low is None else f" (95%: {confirmed.low:.4f} to {confirmed.high:.4f})"

@@ -148,9 +148,7 @@ def training_failure(event: Failed | Died | Paused) -> Exception:
     if isinstance(event, Paused):
         return CaltechHpoError("training failed: its worker was asked to end", "run the command again")
     if isinstance(event, Died):
-        return CaltechHpoError(
-            f"training failed: the worker died (exit code {event.exit_code})", "run the command again"
-        )
+        return CaltechHpoError(f"training failed: {event.reason}", "run the command again")
     if event.kind == "bug":
         return WorkerBugError(event.message)
     fix = "mend that and run it again"

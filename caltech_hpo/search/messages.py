@@ -158,6 +158,12 @@ class Failed:
     kind: Literal["out of memory", "refused", "bug"]
     message: str
 
+    @property
+    def reason(self) -> str:
+        """One line. An error of ours says what happened in its first line, a traceback in its last."""
+        line = self.message.strip().splitlines()[0 if self.kind == "refused" else -1]
+        return f"{self.kind}: {line}"
+
 
 @dataclass(frozen=True)
 class Died:
@@ -165,6 +171,11 @@ class Died:
 
     job: int
     exit_code: int
+
+    @property
+    def reason(self) -> str:
+        """In words."""
+        return f"the worker died (exit code {self.exit_code})"
 
 
 Midway = Working | Underway  # these need no answer

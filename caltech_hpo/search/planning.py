@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from caltech_hpo.data.cache import Progress
+from caltech_hpo.data.loading import SearchData, described, load_search_data, split_sizes
 from caltech_hpo.search.costs import Costs
 from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.forecast import Forecast, Forecaster
 from caltech_hpo.search.messages import Died, Failed, Measure, Measured, Working
+from caltech_hpo.search.records import TrialRecord, finished_count, trial_records
 from caltech_hpo.search.request import Place, Say, SearchRequest, sharing, silent
 from caltech_hpo.search.space import Binding, recipe_for
 from caltech_hpo.spec import Recipe, StudySpec
 from caltech_hpo.timings import StepTime
-
-if TYPE_CHECKING:
-    from caltech_hpo.data.loading import SearchData
-    from caltech_hpo.search.records import TrialRecord
 
 PLAN_SECONDS = 60.0  # no further kind is timed after them
 SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 1.0  # likewise, while the other workers wait
@@ -55,9 +52,7 @@ def make_plan(
 ) -> Plan:
     """Times a few steps; the study, if there is one, is only read. Raises as a search would."""
     from caltech_hpo.data.dataset import scan
-    from caltech_hpo.data.loading import described, load_search_data
     from caltech_hpo.errors import CaltechHpoError
-    from caltech_hpo.search.records import trial_records
     from caltech_hpo.search.request import resolve_spec
     from caltech_hpo.search.run import locate_data, open_executor
     from caltech_hpo.search.space import most_demanding
@@ -70,8 +65,8 @@ def make_plan(
     data = load_search_data(
         index, spec.recipe.resize, place.cache, skip_unreadable=request.skip_unreadable, progress=progress
     )
-    finished = sum(record.state in ("complete", "pruned") for record in records)
-    workers = max(1, min(request.workers, request.trials - finished))  # as many as a search starts
+    # as many as a search starts
+    workers = max(1, min(request.workers, request.trials - finished_count(records)))
     say(described(index.root, data))
     say("starting a worker")
     with open_executor(
@@ -80,7 +75,8 @@ def make_plan(
     ) as executor:  # fmt: skip
         binding = binding_of(executor, data, request)
         examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
-        measured = time_kinds(executor, spec, examples, binding, PLAN_SECONDS, progress)
+        recipes = [recipe_for(spec, params, binding) for params in examples]
+        measured = time_kinds(executor, recipes, PLAN_SECONDS, progress)
         times = measured.times
         ready = executor.ready
     if not times:
@@ -121,11 +117,6 @@ def binding_of(executor: Executor, data: SearchData, request: SearchRequest) -> 
     )  # fmt: skip
 
 
-def split_sizes(data: SearchData) -> tuple[int, int]:
-    """How many images training and validation have."""
-    return len(data.open_training()), len(data.open_validation())
-
-
 def forecaster_for(
     executor: Executor, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
     request: SearchRequest, workers: int, progress: Progress | None,
@@ -136,16 +127,17 @@ def forecaster_for(
     """
     costs, device = Costs((), split_sizes(data)), executor.ready.device
     here = [record for record in records if record.device in ("", device)]
-    known = sum(record.state in ("complete", "pruned") for record in here) >= ENOUGH_TRIALS
+    known = finished_count(here) >= ENOUGH_TRIALS
     if not known and request.subset is None:
         examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
         if examples:
             binding = binding_of(executor, data, request)
+            recipes = [recipe_for(spec, params, binding) for params in examples]
             on_gpu = device.startswith("cuda")
             if on_gpu:
-                warm_up(executor, [recipe_for(spec, params, binding) for params in examples], progress)
+                warm_up(executor, recipes, progress)
             seconds = SEARCH_SECONDS_GPU if on_gpu else SEARCH_SECONDS
-            times = time_kinds(executor, spec, examples, binding, seconds, progress).times
+            times = time_kinds(executor, recipes, seconds, progress).times
             if on_gpu:  # the steps were timed while its other workers waited
                 times = tuple(time.times(sharing(workers, request.cluster)) for time in times)
             costs = Costs(times, costs.images)
@@ -156,18 +148,16 @@ def forecaster_for(
 
 
 def time_kinds(
-    executor: Executor, spec: StudySpec, examples: Sequence[dict[str, Any]], binding: Binding, seconds: float,
-    progress: Progress | None,
+    executor: Executor, recipes: Sequence[Recipe], seconds: float, progress: Progress | None
 ) -> Measured:  # fmt: skip
-    """Step times of the examples, the first ones where time is short; none where a step cannot be taken.
+    """Step times of the recipes, the first ones where time is short; none where a step cannot be taken.
 
     That is no error here: the trial itself will say what is wrong. None either where no worker is free: a
     cluster's may be lost with their machine.
     """
     if not executor.free:
         return Measured(MEASURE, ())
-    recipes = tuple(recipe_for(spec, params, binding) for params in examples)
-    executor.submit(Measure(MEASURE, recipes, seconds))
+    executor.submit(Measure(MEASURE, tuple(recipes), seconds))
     return next(_answers(executor, 1, progress))
 
 
@@ -193,10 +183,4 @@ def _answers(executor: Executor, jobs: int, progress: Progress | None) -> Iterat
             progress(event.what, event.done, event.total)
         elif isinstance(event, (Measured, Failed, Died)):
             jobs -= 1
-            yield event if isinstance(event, Measured) else Measured(event.job, (), problem=_reason(event))
-
-
-def _reason(event: Failed | Died) -> str:
-    if isinstance(event, Died):
-        return f"the worker died (exit code {event.exit_code})"
-    return f"{event.kind}: {event.message.strip().splitlines()[-1]}"
+            yield event if isinstance(event, Measured) else Measured(event.job, (), problem=event.reason)

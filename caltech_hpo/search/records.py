@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     import optuna
 
 BASELINE_ATTR = "baseline"
-OUT_OF_MEMORY = "out of memory"  # how the stop_reason of such a trial begins
 RECIPE_KEY = "caltech_hpo:recipe"
 EPOCH_KEY = "caltech_hpo:epoch:"
 
@@ -84,6 +84,11 @@ def best_record(records: list[TrialRecord]) -> TrialRecord | None:
     return max(complete, key=lambda record: (record.value or 0.0, -record.number), default=None)
 
 
-def finished_count(records: list[TrialRecord]) -> int:
+def lacked_memory(stop_reason: str) -> bool:
+    """Whether a trial with this reason found no memory: who searches again has given it more."""
+    return stop_reason.startswith("out of memory")
+
+
+def finished_count(records: Sequence[TrialRecord]) -> int:
     """Complete and pruned trials: what --trials counts."""
     return sum(record.state in ("complete", "pruned") for record in records)

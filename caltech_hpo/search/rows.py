@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from caltech_hpo.search.records import BASELINE_ATTR, OUT_OF_MEMORY
+from caltech_hpo.search.records import BASELINE_ATTR, lacked_memory
 from caltech_hpo.search.running import LAGGING
 from caltech_hpo.spec import StudySpec
 from caltech_hpo.study_files import complete_params
@@ -23,7 +23,7 @@ class HandTunedRows:
         # A failed row is not tried again by itself: the same row would fail the same way.
         seen = {
             trial.user_attrs.get(BASELINE_ATTR) for trial in trials
-            if not self._cut_short(trial) and not _lacked_memory(trial)
+            if not self._cut_short(trial) and not lacked_memory(str(trial.user_attrs.get("stop_reason", "")))
         }  # fmt: skip
         self._left = [row for row in spec.baselines if row.name not in seen] if wanted else []
 
@@ -38,9 +38,3 @@ class HandTunedRows:
         if self._left and not waiting:
             row = self._left.pop(0)
             study.enqueue_trial(complete_params(self._spec, row.params), user_attrs={BASELINE_ATTR: row.name})
-
-
-def _lacked_memory(trial: FrozenTrial) -> bool:
-    """Whether it found no memory: who searches again has given it more."""
-    reason = str(trial.user_attrs.get("stop_reason", ""))
-    return trial.state == TrialState.FAIL and reason.startswith(OUT_OF_MEMORY)

@@ -238,9 +238,7 @@ class Supervisor:
 
     def _failed(self, running: Running, event: Failed) -> SearchEvent:
         """Out of memory ends the trial; a bug or a refusal ends the search."""
-        # An error of ours says what happened in its first line, a traceback in its last.
-        line = event.message.strip().splitlines()[0 if event.kind == "refused" else -1]
-        ended = self._give_up(running, f"{event.kind}: {line}", last=event.kind != "out of memory")
+        ended = self._give_up(running, event.reason, last=event.kind != "out of memory")
         if event.kind == "bug":
             raise WorkerBugError(f"trial {running.trial.number} failed:\n{event.message}")
         if event.kind == "refused":

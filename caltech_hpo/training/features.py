@@ -12,13 +12,13 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 
 from caltech_hpo.data.batches import BatchPlan, Images
@@ -56,59 +56,62 @@ class Split:
         return functools.reduce(operator.add, (images for images, _ in self.parts))
 
 
-def feature_source(
-    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, *,
-    views: int, precision: Precision, label: str,
-) -> Iterator[Step | FeatureSource | None]:  # fmt: skip
-    """Opens the stored features of a split, computing what is missing; yields steps, then the source.
+@dataclass(frozen=True)
+class _Stored:
+    """Where the features of one view of some images are kept; `what` names them."""
 
-    The last item is None where the features would be too large to keep. Raises DataError where they
-    cannot be written.
-    """
-    opened: list[Tensor] = []
-    for files in _files(prefix, recipe, split, plan, folder, views, precision):
-        tensors = []
-        for view, images, file in files:
-            if stored_features(file) is None:
-                if feature_bytes(prefix, plan, precision) > MOST_BYTES:
-                    yield None
-                    return
-                yield from _compute(prefix, images, plan, file, precision, flipped=bool(view), label=label)
-            tensors.append(read_features(file))
-        opened.append(tensors[0] if len(tensors) == 1 else torch.cat(tensors))
-    labels = torch.cat([torch.as_tensor(images.labels) for images, _ in split.parts])
-    kept = tuple(tensor.to(plan.device) for tensor in opened)
-    yield FeatureSource(kept, labels.to(plan.device), plan)
+    images: Images
+    flipped: bool
+    file: Path
+    what: str
 
 
-def compute_free(
-    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, *,
-    views: int, precision: Precision, label: str,
-) -> Iterator[Step]:  # fmt: skip
-    """Computes what is missing of a split and no other worker computes; yields steps."""
-    for files in _files(prefix, recipe, split, plan, folder, views, precision):
-        for view, images, file in files:
-            if stored_features(file) is None:
-                if feature_bytes(prefix, plan, precision) > MOST_BYTES:
-                    return
-                yield from _compute(
-                    prefix, images, plan, file, precision, flipped=bool(view), label=label, waits=False
-                )
-
-
-def _files(
-    prefix: nn.Module, recipe: Recipe, split: Split, plan: BatchPlan, folder: Path, views: int,
+def feature_sources(
+    prefix: nn.Module, recipe: Recipe, splits: Mapping[str, tuple[Split, int]], plan: BatchPlan, folder: Path,
     precision: Precision,
-) -> list[list[tuple[int, Images, Path]]]:  # fmt: skip
-    """For each view of a split, of each of its parts: the view, the images, and where the features are."""
+) -> Iterator[Step | list[FeatureSource]]:  # fmt: skip
+    """Opens the stored features of splits, computing what is missing; yields steps, then the sources.
+
+    Each of `splits` has a name and says how many views of its images are wanted (1, or 2 with the mirrored
+    ones). Workers that begin together share the work: each computes what nobody else does before it waits.
+    The list is empty where the features would be too large to keep. Raises DataError where they cannot be
+    written.
+    """
     state = state_sha256(prefix.state_dict(), repr(prefix))
-    return [
-        [
-            (view, images, folder / f"{feature_key(state, recipe, plan, name, view, precision)}.npy")
-            for images, name in split.parts
+    stored = {
+        label: [
+            [
+                _Stored(
+                    images, bool(view),
+                    folder / f"{feature_key(state, recipe, plan, name, view, precision)}.npy",
+                    f"features of the {label} images" + (", mirrored" if view else ""),
+                )
+                for images, name in split.parts
+            ]
+            for view in range(views)
         ]
-        for view in range(views)
-    ]
+        for label, (split, views) in splits.items()
+    }  # fmt: skip
+    missing = [
+        part for views in stored.values() for parts in views for part in parts
+        if stored_features(part.file) is None
+    ]  # fmt: skip
+    if missing and feature_bytes(prefix, plan, precision) > MOST_BYTES:
+        yield []
+        return
+    for waits in (False, True):
+        for part in missing:
+            yield from _compute(prefix, part, plan, precision, waits=waits)
+    yield [_opened(stored[label], split, plan) for label, (split, _) in splits.items()]
+
+
+def _opened(views: Sequence[Sequence[_Stored]], split: Split, plan: BatchPlan) -> FeatureSource:
+    read = [[read_features(part.file) for part in parts] for parts in views]
+    kept = tuple(
+        (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(plan.device) for tensors in read
+    )
+    labels = torch.cat([torch.as_tensor(images.labels) for images, _ in split.parts])
+    return FeatureSource(kept, labels.to(plan.device), plan)
 
 
 def feature_key(
@@ -134,31 +137,30 @@ def feature_bytes(prefix: nn.Module, plan: BatchPlan, precision: Precision) -> i
 
 
 def _compute(
-    prefix: nn.Module, images: Images, plan: BatchPlan, file: Path, precision: Precision, *,
-    flipped: bool, label: str, waits: bool = True,
+    prefix: nn.Module, part: _Stored, plan: BatchPlan, precision: Precision, *, waits: bool
 ) -> Iterator[Step]:  # fmt: skip
     """Writes the features to a temporary file, syncs, renames; another worker's result is kept.
 
     Does nothing where another one computes them, unless it `waits` for that.
     """
+    images, file, what = part.images, part.file, part.what
     folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    what = f"features of the {label} images" + (", mirrored" if flipped else "")
     source = ImageSource(images, BatchPlan(CHUNK, plan.crop, plan.normalization, plan.device))
     lock = FileLock(file.with_suffix(".lock"))
-    if not waits and not _took(lock):
-        return
-    if waits:
-        for _ in waits_for(lock, WAIT):  # not silently: whoever says nothing for long counts as hung
-            yield f"waiting for the {what}, which another worker computes", 0, len(images)
+    for _ in waits_for(lock, WAIT if waits else 0.0):
+        if not waits:
+            return
+        # not silently: whoever says nothing for long counts as hung
+        yield f"waiting for the {what}, which another worker computes", 0, len(images)
     try:
         if stored_features(file) is not None:
             return
         try:
             with temporary.open("wb") as out:
                 done = 0
-                for pixels, _ in source.evaluation(flipped=flipped):
+                for pixels, _ in source.evaluation(flipped=part.flipped):
                     try_algorithms(wanted=len(pixels) == CHUNK)
                     rows = _rows(prefix, pixels, plan, precision)
                     if not done:
@@ -179,15 +181,6 @@ def _compute(
             temporary.unlink(missing_ok=True)
     finally:
         lock.release()
-
-
-def _took(lock: FileLock) -> bool:
-    """Takes the lock unless somebody has it."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
 
 
 def _rows(

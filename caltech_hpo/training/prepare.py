@@ -17,10 +17,10 @@ from caltech_hpo.terms import TIMM
 from caltech_hpo.timings import views_of
 from caltech_hpo.training.convolutions import choose_convolutions
 from caltech_hpo.training.device import resolve_precision
-from caltech_hpo.training.features import Split, Step, compute_free, feature_source
+from caltech_hpo.training.features import Split, Step, feature_sources
 from caltech_hpo.training.freezing import apply_freeze, split_frozen
 from caltech_hpo.training.models import build_model
-from caltech_hpo.training.sources import FeatureSource, ImageSource, Source, plan_for
+from caltech_hpo.training.sources import ImageSource, Source, plan_for
 from caltech_hpo.training.weights import weights_sha256
 
 
@@ -118,22 +118,12 @@ def prepare(
         needed = {"training": (training, views)}
         if validation is not None:
             needed["validation"] = (validation, 2 if recipe.test_time_flip else 1)
-        for label, (split, count) in needed.items():  # workers that begin together share the work
-            yield from compute_free(
-                prefix, recipe, split, plan, features, views=count, precision=precision, label=label
-            )
-        found: list[FeatureSource] = []
-        for label, (split, count) in needed.items():
-            for step in feature_source(
-                prefix, recipe, split, plan, features, views=count, precision=precision, label=label
-            ):
-                if isinstance(step, FeatureSource):
-                    found.append(step)
-                elif step is not None:
-                    yield step
-        if len(found) == len(needed):
-            yield Prepared(model, rest, found[0], found[1] if validation is not None else None, device)
-            return
+        for step in feature_sources(prefix, recipe, needed, plan, features, precision):
+            if not isinstance(step, list):
+                yield step
+            elif step:
+                yield Prepared(model, rest, step[0], step[1] if validation is not None else None, device)
+                return
     frozen = parts[0] if parts is not None else None
     yield Prepared(
         model, model, ImageSource(training.images, plan),

@@ -164,7 +164,7 @@ def test_steps_that_find_no_memory_are_left_out(config, monkeypatch):
 def test_no_free_worker_times_no_steps():
     """A cluster's workers may be lost while they warm up, and be placed again later."""
     lost = SimpleNamespace(free=0)
-    assert time_kinds(lost, None, [], None, 1.0, None).times == ()
+    assert time_kinds(lost, [], 1.0, None).times == ()
 
 
 def test_an_interrupt_while_a_process_starts_comes_afterwards():
