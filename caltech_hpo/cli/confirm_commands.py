@@ -22,7 +22,6 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
-    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -30,6 +29,7 @@ from caltech_hpo.cli.options import (
 )
 from caltech_hpo.cli.tables import table_of
 from caltech_hpo.cli.trainings_view import TrainingsView, training_name
+from caltech_hpo.units import bytes_of
 
 if TYPE_CHECKING:
     from caltech_hpo.results.confirm import ConfirmPlan

@@ -79,11 +79,6 @@ def place_of(home: Path, storage: str | None, data: Path | None = None) -> Place
     return Place(home, storage or default_url(home), data)
 
 
-def bytes_of(gibibytes: float | None) -> int | None:
-    """What --memory gives, in bytes."""
-    return None if gibibytes is None else int(gibibytes * 2**30)
-
-
 def say(text: str) -> None:
     """One plain line on stderr; square brackets in it are text."""
     STDERR.print(text, markup=False, highlight=False, soft_wrap=True)

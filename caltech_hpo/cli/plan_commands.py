@@ -19,14 +19,13 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
-    bytes_of,
     goes_on,
     place_of,
     progress_bars,
     say,
 )
 from caltech_hpo.cli.tables import table_of
-from caltech_hpo.units import size
+from caltech_hpo.units import bytes_of, size
 
 if TYPE_CHECKING:
     from caltech_hpo.search.forecast import Forecast
@@ -94,7 +93,7 @@ def plan_json(made: Plan) -> dict[str, Any]:
     return {
         "study": made.study, "trials": made.trials, "workers": made.workers, "device": made.device,
         "remaining": made.forecast.trials, "seconds": made.forecast.seconds,
-        "seconds_low": made.forecast.low, "seconds_high": made.forecast.high,
+        "seconds_low": made.forecast.low, "seconds_high": made.forecast.high, "start_seconds": made.start,
         "epochs_a_trial": made.forecast.epochs, "pruned": made.forecast.pruned,
         "history_trials": made.forecast.history,
         "kinds": [
@@ -110,8 +109,10 @@ def plan_json(made: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan_text(made: Plan) -> Group:
+def plan_text(made: Plan) -> Group | str:
     """The plan for people."""
+    if not made.timed:
+        return forecast_line(made.forecast)
     rows = [
         [time.kind.freeze, str(time.kind.frozen_blocks), _batch(time),
          f"{time.kind.views} an image" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s",

@@ -23,7 +23,6 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
-    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -32,6 +31,7 @@ from caltech_hpo.cli.options import (
 from caltech_hpo.cli.overview import AllStudies, OneStudy, Output, check_choice, report_all
 from caltech_hpo.cli.tables import report_table
 from caltech_hpo.cli.trainings_view import TrainingsView, training_name
+from caltech_hpo.units import bytes_of
 
 if TYPE_CHECKING:
     from caltech_hpo.cli.display import ProgressBars

@@ -23,7 +23,6 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
-    bytes_of,
     goes_on,
     place_of,
     progress_bars,
@@ -35,6 +34,7 @@ from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.cli.stopping import StopSignals
 from caltech_hpo.cli.tables import record_json
 from caltech_hpo.errors import UsageError
+from caltech_hpo.units import bytes_of
 
 if TYPE_CHECKING:
     from caltech_hpo.search.events import SearchEvent
@@ -238,9 +238,10 @@ def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool
         "study": request.study, "smoke": smoke, "trials": request.trials, "finished": finished, **counts,
         "best": record_json(best), "storage": shown(place.storage),
     }  # fmt: skip
-    lines = [
-        f"{finished} of {request.trials} trials finished: " + ", ".join(f"{n} {s}" for s, n in counts.items())
-    ]
+    total = f"{finished} of {request.trials} trials finished"
+    if finished > request.trials:
+        total = f"{finished} trials finished (asked: {request.trials})"
+    lines = [f"{total}: " + ", ".join(f"{n} {s}" for s, n in counts.items())]
     if best:
         lines.append(f"best: trial {best.number}, validation {best.value:.4f} at epoch {best.best_epoch}")
         lines.append(f"      {short_params(best.params)}")

@@ -27,6 +27,7 @@ from caltech_hpo.spec import EpochResult, Frozen, StudySpec
 from caltech_hpo.study_files import load_study as load_study_file
 from caltech_hpo.study_files import read_study
 from caltech_hpo.terms import FitOn
+from caltech_hpo.units import bytes_of
 
 if TYPE_CHECKING:
     from caltech_hpo.search.events import SearchEvent
@@ -55,19 +56,23 @@ def load_study(study: FolderLike) -> StudySpec:
 def search(
     study: StudySpec | str, *, trials: int, data: FolderLike | None = None, home: FolderLike = HOME,
     storage: str | None = None, workers: int = 1, device: str = "auto", seed: int = 0, baselines: bool = True,
-    pruning: bool = True, enqueue: Sequence[dict[str, Any]] = (), skip_unreadable: bool = False,
+    pruning: bool = True, enqueue: Sequence[dict[str, Any]] = (), timeout_minutes: float | None = None,
+    memory_gib: float | None = None, skip_unreadable: bool = False,
     on_event: Callable[[SearchEvent], None] | None = None, say: Say = silent,
 ) -> SearchResult:  # fmt: skip
     """Runs trials until the study has `trials` finished ones; called again, it goes on.
 
-    Options are those of `caltech-hpo search`. `on_event` is told every trial and epoch once it is in the
-    database; what it raises ends the search, which the next call goes on with. Raises CaltechHpoError.
+    Options are those of `caltech-hpo search`: no trial begins after `timeout_minutes`, and all workers
+    together train in `memory_gib` GiB (None: most of what is free). `on_event` is told every trial and epoch
+    once it is in the database; what it raises ends the search, which the next call goes on with. Raises
+    CaltechHpoError.
     """
     spec = load_study(study) if isinstance(study, str) else study
     place = _place(home, storage, data)
     request = SearchRequest(
         spec.name, trials, workers=workers, device=device, seed=seed, baselines=baselines, pruning=pruning,
-        enqueue=tuple(enqueue), skip_unreadable=skip_unreadable, spec=spec,
+        enqueue=tuple(enqueue), timeout_minutes=timeout_minutes, memory=bytes_of(memory_gib),
+        skip_unreadable=skip_unreadable, spec=spec,
     )  # fmt: skip
     with open_search(request, place, say=say) as opened:
         for event in opened.events:
@@ -80,15 +85,19 @@ def search(
 def confirm(
     study: StudySpec | str, *, finalists: int = 3, seeds: int = 3, data: FolderLike | None = None,
     home: FolderLike = HOME, storage: str | None = None, workers: int = 1, device: str = "auto",
-    skip_unreadable: bool = False, on_event: Callable[[ConfirmEvent], None] | None = None, say: Say = silent,
+    memory_gib: float | None = None, skip_unreadable: bool = False,
+    on_event: Callable[[ConfirmEvent], None] | None = None, say: Say = silent,
 ) -> Confirmation:  # fmt: skip
     """Retrains the best trials over fresh seeds and ranks them; called again, it goes on.
 
-    Raises CaltechHpoError.
+    Memory is as in `search`. Raises CaltechHpoError.
     """
     name, place = _name(study), _place(home, storage, data)
     with open_confirm(name, place, finalists=finalists, seeds=seeds, say=say) as plan:
-        events = run_confirm(plan, workers=workers, device=device, skip_unreadable=skip_unreadable, say=say)
+        events = run_confirm(
+            plan, workers=workers, device=device, memory=bytes_of(memory_gib),
+            skip_unreadable=skip_unreadable, say=say,
+        )  # fmt: skip
         with contextlib.closing(events):
             for event in events:
                 if on_event:
@@ -102,18 +111,21 @@ def final(
     study: StudySpec | str, *, fit_on: FitOn = "train", seeds: int = 1, trial: int | None = None,
     again: str | None = None, allow_leak: bool = False, data: FolderLike | None = None,
     home: FolderLike = HOME, storage: str | None = None, workers: int = 1, device: str = "auto",
-    skip_unreadable: bool = False, on_epoch: Callable[[EpochResult], None] | None = None, say: Say = silent,
+    memory_gib: float | None = None, skip_unreadable: bool = False,
+    on_epoch: Callable[[EpochResult], None] | None = None, say: Say = silent,
 ) -> list[FinalResult]:  # fmt: skip
     """Retrains the winner and scores the test set, once for each seed; what was scored before is read.
 
     One result for each seed; `workers` of them train at once, and `on_epoch` is told the epochs of all.
+    Memory is as in `search`.
     Raises CaltechHpoError, also where another configuration was scored before and `again` gives no reason.
     """
     place = _place(home, storage, data)
     plans = plan_finals(_name(study), place, fit_on=fit_on, seeds=seeds, trial=trial, again=again, say=say)
     events = run_finals(
-        plans, device=device, workers=workers, skip_unreadable=skip_unreadable, allow_leak=allow_leak, say=say
-    )
+        plans, device=device, workers=workers, memory=bytes_of(memory_gib),
+        skip_unreadable=skip_unreadable, allow_leak=allow_leak, say=say,
+    )  # fmt: skip
     results = {}
     with contextlib.closing(events):
         for event in events:

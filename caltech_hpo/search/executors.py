@@ -112,6 +112,8 @@ class ProcessExecutor:
                     self._workers[-1].connection.send(config)
             self._workers += [self._spawn() for _ in range(workers - len(self._workers))]
             self.ready, *_ = [self._started(index, progress) for index in range(workers)]
+            if progress:
+                progress(STARTING, workers, workers)
         except BaseException:
             self.close()
             raise

@@ -50,6 +50,10 @@ class Forecast:
     pruned: float
     history: int
 
+    def later(self, seconds: float) -> Forecast:
+        """The same, beginning in so many seconds."""
+        return replace(self, seconds=self.seconds + seconds, low=self.low + seconds, high=self.high + seconds)
+
 
 @dataclass
 class _Trial:

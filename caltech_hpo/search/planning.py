@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ from caltech_hpo.spec import Recipe, StudySpec
 from caltech_hpo.timings import StepTime
 
 PLAN_SECONDS = 60.0  # no further kind is timed after them
-SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 1.0  # likewise, while the other workers wait
+SEARCH_SECONDS, SEARCH_SECONDS_GPU = 15.0, 1.0  # likewise, of a search
 CHECKPOINTS = 3  # of a trial: the last one, the one before, the one that is being written
 ENOUGH_TRIALS = 3  # finished ones, that say more than timed steps
+NOTHING = Forecast(0.0, 0.0, 0.0, 0, 0.0, 0.0, 0)  # no trial is to come
 MEASURE = -1  # the job's number, and those below: no trial has them
 
 
@@ -30,21 +32,23 @@ class Plan:
 
     `memory` is the most that the timing took, times the workers; `checkpoints` the most that those of all
     workers take while they train. Workers share one device: they are not counted on to be faster than one
-    that has it to itself.
+    that has it to itself. The `forecast` counts from the search's beginning, with the `start` seconds before
+    its first trial. Where no trial is to come, nothing was looked at.
     """
 
     study: str
     trials: int
-    workers: int
-    device: str
     forecast: Forecast
-    timed: tuple[StepTime, ...]
-    epoch_seconds: tuple[float, ...]
-    memory: int
-    pixels: int
-    features: int
-    weights: int
-    checkpoints: int
+    workers: int = 0
+    device: str = ""
+    start: float = 0.0
+    timed: tuple[StepTime, ...] = ()
+    epoch_seconds: tuple[float, ...] = ()
+    memory: int = 0
+    pixels: int = 0
+    features: int = 0
+    weights: int = 0
+    checkpoints: int = 0
 
 
 def make_plan(
@@ -52,60 +56,85 @@ def make_plan(
 ) -> Plan:
     """Times a few steps; the study, if there is one, is only read. Raises as a search would."""
     from caltech_hpo.data.dataset import scan
-    from caltech_hpo.errors import CaltechHpoError
     from caltech_hpo.search.request import resolve_spec
-    from caltech_hpo.search.run import locate_data, open_executor
-    from caltech_hpo.search.space import most_demanding
+    from caltech_hpo.search.run import locate_data
     from caltech_hpo.search.storage import find_study, open_existing
 
     spec = resolve_spec(request)
+    say(f"study {spec.name}: opening it and its images")
     stored = find_study(open_existing(place.storage), request.study)
     records = trial_records(stored) if stored is not None else []
+    finished = finished_count(records)
+    if finished >= request.trials:
+        return Plan(request.study, request.trials, NOTHING)
     index = scan(locate_data(spec, place, progress=progress, say=say))
     data = load_search_data(
         index, spec.recipe.resize, place.cache, skip_unreadable=request.skip_unreadable, progress=progress
     )
     # as many as a search starts
-    workers = max(1, min(request.workers, request.trials - finished_count(records)))
+    workers = min(request.workers, request.trials - finished)
     say(described(index.root, data))
     say("starting a worker")
+    measured, device, start = _measured(request, place, spec, records, data, workers, progress)
+    if measured.problem:
+        say(f"not all of it could be timed: {measured.problem}")
+    times, images = measured.times, split_sizes(data)
+    costs = Costs(times, images)
+    forecaster = Forecaster(
+        spec, records, costs, pruning=request.pruning, baselines=request.baselines, device=device
+    )
+    forecast = forecaster.forecast(request.trials)
+    assert forecast is not None, "kinds were timed"
+    views = {
+        (one.kind.freeze, one.kind.frozen_blocks): one.kept * (one.kind.views * images[0] + images[1])
+        for one in sorted(times, key=lambda one: one.kind.views)
+    }
+    return Plan(
+        request.study, request.trials, forecast.later(start), workers, device, start, times,
+        tuple(costs.epoch(one.kind) for one in times),
+        memory=workers * measured.peak,
+        pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
+        features=sum(views.values()), weights=max(one.weights for one in times),
+        checkpoints=workers * CHECKPOINTS * max(one.checkpoint for one in times),
+    )  # fmt: skip
+
+
+def _measured(
+    request: SearchRequest, place: Place, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
+    workers: int, progress: Progress | None,
+) -> tuple[Measured, str, float]:  # fmt: skip
+    """Steps timed by one worker with the memory that one of `workers` would have, and its device.
+
+    Also the seconds that a search takes for the same before its first trial.
+    """
+    from caltech_hpo.errors import CaltechHpoError
+    from caltech_hpo.search.run import open_executor
+    from caltech_hpo.search.space import most_demanding
+
+    began = time.monotonic()
     with open_executor(
         most_demanding(spec), data, device=request.device, features=place.features,
         memory=None if request.memory is None else request.memory // workers, progress=progress,
     ) as executor:  # fmt: skip
+        device, start = executor.ready.device, time.monotonic() - began
         binding = binding_of(executor, data, request)
         examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
         recipes = [recipe_for(spec, params, binding) for params in examples]
         measured = time_kinds(executor, recipes, PLAN_SECONDS, progress)
-        times = measured.times
-        ready = executor.ready
-    if not times:
+    if not measured.times:
         raise CaltechHpoError(
             f"study '{request.study}': no step of it could be timed: {measured.problem}",
             "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
             "caltech-hpo search --smoke",
         )
-    if measured.problem:
-        say(f"not all of it could be timed: {measured.problem}")
-    images = split_sizes(data)
-    costs = Costs(times, images)
-    forecaster = Forecaster(
-        spec, records, costs, pruning=request.pruning, baselines=request.baselines, device=ready.device
-    )
-    forecast = forecaster.forecast(request.trials)
-    assert forecast is not None, "kinds were timed"
-    views = {
-        (time.kind.freeze, time.kind.frozen_blocks): time.kept * (time.kind.views * images[0] + images[1])
-        for time in sorted(times, key=lambda time: time.kind.views)
-    }
-    return Plan(
-        request.study, request.trials, workers, ready.device, forecast, times,
-        tuple(costs.epoch(time.kind) for time in times),
-        memory=workers * measured.peak,
-        pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
-        features=sum(views.values()), weights=max(time.weights for time in times),
-        checkpoints=workers * CHECKPOINTS * max(time.checkpoint for time in times),
-    )  # fmt: skip
+    if finished_count(records) < ENOUGH_TRIALS:  # else it times nothing
+        start += min(time.monotonic() - began - start, timing_seconds(device))
+    return measured, device, start
+
+
+def timing_seconds(device: str) -> float:
+    """For how long a search times steps, at least one kind's, while its other workers wait."""
+    return SEARCH_SECONDS_GPU if device.startswith("cuda") else SEARCH_SECONDS
 
 
 def binding_of(executor: Executor, data: SearchData, request: SearchRequest) -> Binding:
@@ -136,10 +165,9 @@ def forecaster_for(
             on_gpu = device.startswith("cuda")
             if on_gpu:
                 warm_up(executor, recipes, progress)
-            seconds = SEARCH_SECONDS_GPU if on_gpu else SEARCH_SECONDS
-            times = time_kinds(executor, recipes, seconds, progress).times
+            times = time_kinds(executor, recipes, timing_seconds(device), progress).times
             if on_gpu:  # the steps were timed while its other workers waited
-                times = tuple(time.times(sharing(workers, request.cluster)) for time in times)
+                times = tuple(one.times(sharing(workers, request.cluster)) for one in times)
             costs = Costs(times, costs.images)
     return Forecaster(
         spec, records, costs, pruning=request.pruning, baselines=request.baselines, parallel=workers,

@@ -102,6 +102,7 @@ def open_search(
         say(f"warning: {warning}")
     if request.workers < 1:
         raise UsageError(f"workers: {request.workers}", "give at least 1")
+    say(f"study {spec.name}: opening it and its images")
     # While Optuna is imported and the images are looked at. More than there are cores to import would keep a
     # refusal waiting.
     soon = min(request.workers, request.trials, usable_cores()) if request.cluster is None else 0

@@ -21,10 +21,10 @@ from caltech_hpo.units import size
 
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
-# What counting misses on a CPU: libraries' scratch, what is made and freed on the way, and gaps in the kept
-# memory. Nine trainings of five architectures (8 to 128 images, bf16 and fp32) took 0.51 to 0.91 of the
-# estimate that it completes.
-MARGIN = 1.55
+# What counting misses on a CPU: what is made and freed on the way, gaps in the kept memory, and libraries'
+# scratch (bytes). 19 trainings of five architectures (1 to 256 images at a time, bf16 and fp32), each scored
+# and saved twice to six times, took 0.39 to 0.97 of the estimate.
+MARGIN, SCRATCH = 1.6, 1 << 28
 # What a GPU scores at once: this many images at most, and as many as this share of the memory would train.
 # Scoring takes 0.26 to 0.63 of a training step's memory in five architectures, counted.
 MOST_SCORED = 512
@@ -60,23 +60,31 @@ def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
     One more copy of what learns is for the optimizer's step, and one is the best epoch's.
     """
     learning = learning_bytes(prepared.model)
-    every = sum(p.numel() * p.element_size() for p in prepared.runs.parameters())
+    every = model_bytes(prepared.runs)
     copies = 5 if recipe.optimizer == "adamw" else 4
     total = copies * learning + (2 * learning if recipe.ema else 0)
     return total + (every // 2 if resolve_precision(recipe.precision, prepared.device) == "bf16" else 0)
 
 
+def model_bytes(model: nn.Module) -> int:
+    """The bytes of its parameters."""
+    return sum(p.nbytes for p in model.parameters())
+
+
 def learning_bytes(model: nn.Module) -> int:
     """The bytes of what learns; its gradients take as many."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
-    """An estimate of a CPU training's peak beyond its model, `images` at a time; counted, not allocated."""
+    """An estimate of a CPU training's peak with its model, `images` at a time; counted, not allocated."""
     two, three = (_step_bytes(recipe, prepared, count) for count in (2, 3))
-    each = three - two
-    batches = batch_bytes(recipe, prepared)
-    return int(MARGIN * (state_bytes(recipe, prepared) + batches + images * each))
+    step = batch_bytes(recipe, prepared) + images * (three - two)
+    # a piece's gradient of a layer is there before it is added to those of the pieces before it
+    learning = (p.nbytes for p in prepared.model.parameters() if p.requires_grad)
+    added = max(learning, default=0) if images < recipe.batch_size else 0
+    kept = model_bytes(prepared.model) + state_bytes(recipe, prepared)
+    return int(kept + MARGIN * step + added + SCRATCH)
 
 
 def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:

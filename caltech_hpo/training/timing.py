@@ -16,7 +16,7 @@ from caltech_hpo.training.cuda_graph import PLAIN_STEPS
 from caltech_hpo.training.device import autocast, resolve_precision, synchronize, try_algorithms
 from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
 from caltech_hpo.training.loop import step_graph, train_batches
-from caltech_hpo.training.memory import MicroBatches, needed_bytes
+from caltech_hpo.training.memory import MicroBatches, model_bytes, needed_bytes
 from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
 from caltech_hpo.training.sources import FeatureSource, plan_for
 from caltech_hpo.training.state import begin, checkpoint_bytes
@@ -25,7 +25,9 @@ STEPS = 2  # timed ones on a GPU, after those that warm up
 # Elsewhere at least and at most so many, until these seconds of training or scoring have passed. The first
 # ones make the memory that the others find: AlexNet's took 1.20, 0.57, 0.54, 0.37, 0.36, 0.36 s.
 LEAST, MOST, TRAINING, SCORING = 4, 12, 3.0, 1.0
-SLOW = 4.0  # seconds: a first step that takes longer is taken for the others
+# Seconds after which two steps are enough: the first one alone was twice as long as ResNet-18's others.
+LONG = 8.0
+LONGEST = 20.0  # seconds: a first step that takes longer is taken for the others
 
 
 def time_steps(
@@ -60,11 +62,10 @@ def time_steps(
     prepared = memory.fit(recipe, prepared)  # once for each kind and worker: no trial's own
     batch, checkpoint = _training_time(recipe, prepared)
     evaluation = _evaluation_time(recipe, prepared)
-    weights = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     return StepTime(
         kind=kind_of(recipe), setup=setup, batch=batch, evaluation=evaluation, once=once, kept=kept,
-        weights=weights, checkpoint=checkpoint, micro_batch=prepared.micro_batch,
-        memory=weights + needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
+        weights=model_bytes(prepared.model), checkpoint=checkpoint, micro_batch=prepared.micro_batch,
+        memory=needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
     )  # fmt: skip
 
 
@@ -93,15 +94,18 @@ def _steady(step: Callable[[], None], device: torch.device, warming: int, enough
         step()
         found.append(time.perf_counter() - started)
     if device.type == "cuda":
-        return statistics.fmean(found[warming:] or found)
+        return statistics.fmean(found[warming:] or found[-1:])
     return min(found[len(found) // 2 :])  # what took longer made memory still, or waited for another program
 
 
 def _suffices(found: list[float], device: torch.device, warming: int, enough: float) -> bool:
-    if found and found[0] > SLOW:
+    """Whether no further step need be timed. A GPU's first one says nothing: it loads and compiles."""
+    if len(found) >= 2 and sum(found[device.type == "cuda" :]) >= LONG:
         return True
     if device.type == "cuda":
         return len(found) == warming + STEPS
+    if found and found[0] > LONGEST:
+        return True
     return len(found) == MOST or (len(found) >= LEAST and sum(found) >= enough)
 
 

@@ -46,6 +46,18 @@ def test_the_same_command_again_does_nothing(searched):
     done = here("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
     assert json.loads(done.stdout) == document
     assert "nothing to do" in done.stderr
+    fewer = here("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
+    assert "2 trials finished (asked: 1): " in fewer.stdout and fewer.returncode == 0
+
+
+def test_a_plan_of_what_is_there_times_nothing(searched):
+    folder, *_ = searched
+    planned = ("plan", "--study", "demo", "--data", "images", "--trials", 2)
+    done = here(*planned, "--json", cwd=folder)
+    document = json.loads(done.stdout)
+    assert (document["remaining"], document["seconds"], document["kinds"]) == (0, 0.0, [])
+    assert "starting a worker" not in done.stderr
+    assert here(*planned, cwd=folder).stdout == "no trials to come: there are as many finished already\n"
 
 
 def test_final_scores_the_test_set_once(searched):

@@ -21,7 +21,7 @@ def test_a_plan(folder):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not (folder / "storage" / "studies.db").exists()  # nothing was begun
-    assert 0 < found["seconds_low"] < found["seconds"] < found["seconds_high"]
+    assert 0 < found["start_seconds"] < found["seconds_low"] < found["seconds"] < found["seconds_high"]
     assert found["remaining"] == 3 and found["history_trials"] == 0
     assert {kind["batch_size"] for kind in found["kinds"]} == {32, 64, 128}
     assert all(kind["epoch_seconds"] > 0 for kind in found["kinds"])

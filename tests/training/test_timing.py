@@ -29,8 +29,9 @@ def steady(durations, device, monkeypatch, warming=1, enough=timing.TRAINING):
         ([1.20, 0.57, 0.54, 0.37, 0.36, 9], (0.36, 5)),  # AlexNet's first steps in a process
         ([1.9, 1.7, 1.6, 1.5, 9], (1.5, 4)),
         ([0.1] + [0.02] * 6 + [0.5] + [0.02] * 9, (0.02, 12)),  # fast ones: many; another program's pause
-        ([5.0, 9], (5.0, 1)),
-        ([3.9, 3.8, 3.7, 3.6, 9], (3.6, 4)),
+        ([4.6, 2.1, 2.0, 9], (2.0, 3)),  # slow ones: the first is not like the others
+        ([9.0, 5.0, 9], (5.0, 2)),
+        ([21.0, 9], (21.0, 1)),
     ],
 )
 def test_on_a_cpu_until_memory_is_made(durations, expected, monkeypatch):
@@ -39,4 +40,5 @@ def test_on_a_cpu_until_memory_is_made(durations, expected, monkeypatch):
 
 def test_on_a_gpu_as_few_as_can_be(monkeypatch):
     assert steady([2.0, 1.0, 0.5, 0.1, 0.2, 9], GPU, monkeypatch, warming=3) == (0.15, 5)
-    assert steady([4.5, 9], GPU, monkeypatch, warming=3) == (4.5, 1)
+    assert steady([30.0, 1.0, 0.5, 0.1, 0.2, 9], GPU, monkeypatch, warming=3) == (0.15, 5)
+    assert steady([30.0, 9.5, 1], GPU, monkeypatch, warming=3) == (9.5, 2)
