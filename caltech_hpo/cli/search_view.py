@@ -105,6 +105,7 @@ class SearchView:
             self._ended(event.number, event.state, event.value, event.stop_reason)
         elif isinstance(event, events.TrialResumed):
             row = _Row(event.number, event.params, event.epochs, event.baseline, done=event.done)
+            row.told -= EPOCH_EVERY  # where in its epoch it goes on is news
             self._rows[event.number] = row
             self._line(f"trial {event.number} goes on: {event.done} of {event.epochs} epochs were recorded")
         elif isinstance(event, events.TrialPaused):

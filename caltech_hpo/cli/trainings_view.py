@@ -68,7 +68,7 @@ class TrainingsView:
         text = f"{name} {how} ({self._places[name]} of {len(self._places)} trainings)"
         if lost:
             text = f"{name}: its worker was killed; it {how}"
-        self._told[name] = time.monotonic()
+        self._told[name] = time.monotonic() - EPOCH_EVERY * resumed  # where in its epoch is news
         (self.tell if resumed or lost else self.line)(text)
 
     def underway(self, name: str, part: EpochPart, epochs: int) -> None:
@@ -85,11 +85,11 @@ class TrainingsView:
     def epoch(self, name: str, result: EpochResult, epochs: int, *, before: bool) -> None:
         """One of a training's `epochs` is over; those from `before` its checkpoint get no line."""
         self._epochs_left -= 1
-        self._told[name] = time.monotonic()
         text = f"loss {result.training_loss:.4f}"
         if result.validation_top1 is not None:
             text += f", validation {percent(result.validation_top1)}"
         if not before:
+            self._told[name] = time.monotonic()
             self._seconds.append(result.seconds)
             left = duration(statistics.median(self._seconds) * self._epochs_left / self._workers)
             self.line(f"{name} epoch {result.epoch}/{epochs}: {text}, {result.seconds:.0f} s, {left} left")

@@ -22,9 +22,10 @@ from caltech_hpo.units import size
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
 # What counting misses on a CPU: what is made and freed on the way, gaps in the kept memory, and libraries'
-# scratch (bytes). 19 trainings of five architectures (1 to 256 images at a time, bf16 and fp32), each scored
-# and saved twice to six times, took 0.39 to 0.97 of the estimate.
-MARGIN, SCRATCH = 1.6, 1 << 28
+# scratch (bytes).
+MARGIN, SCRATCH = 1.8, 1 << 28
+# What frozen layers take while they run, as a multiple of what the largest of them takes and gives.
+PASSING = 1.5
 # What a GPU scores at once: this many images at most, and as many as this share of the memory would train.
 # Scoring takes 0.26 to 0.63 of a training step's memory in five architectures, counted.
 MOST_SCORED = 512
@@ -54,6 +55,23 @@ def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
     return total
 
 
+@contextlib.contextmanager
+def _passed_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """What each layer that is called takes and gives: all that a frozen one needs, and only while it runs."""
+    passed: list[int] = []
+
+    def called(_: nn.Module, taken: tuple[Any, ...], given: Any) -> None:
+        passed.append(sum(one.nbytes for one in (*taken, given) if isinstance(one, Tensor)))
+
+    layers = (module for module in model.modules() if not any(module.children()))
+    hooks = [layer.register_forward_hook(called) for layer in layers]
+    try:
+        yield passed
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def state_bytes(recipe: Recipe, prepared: Prepared) -> int:
     """What a training keeps of its weights beside them: gradients, optimizer state, averages, bf16 copies.
 
@@ -78,8 +96,9 @@ def learning_bytes(model: nn.Module) -> int:
 
 def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
     """An estimate of a CPU training's peak with its model, `images` at a time; counted, not allocated."""
-    two, three = (_step_bytes(recipe, prepared, count) for count in (2, 3))
-    step = batch_bytes(recipe, prepared) + images * (three - two)
+    (two, _), (three, passed) = (_step_bytes(recipe, prepared, count) for count in (2, 3))
+    each = max(three - two, PASSING * passed / 3)
+    step = batch_bytes(recipe, prepared) + images * each
     # a piece's gradient of a layer is there before it is added to those of the pieces before it
     learning = (p.nbytes for p in prepared.model.parameters() if p.requires_grad)
     added = max(learning, default=0) if images < recipe.batch_size else 0
@@ -94,12 +113,15 @@ def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:
     return BATCHES_ALIVE * recipe.batch_size * made.nbytes
 
 
-def _step_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
+def _step_bytes(recipe: Recipe, prepared: Prepared, images: int) -> tuple[int, int]:
+    """What a step keeps for its backward pass, and the most that a layer takes and gives."""
     precision = resolve_precision(recipe.precision, prepared.device)
     training_mode(prepared.runs, prepared.prefix)
     try_algorithms(wanted=False)
-    with _unchanged(prepared), autocast(prepared.device, precision):
-        return saved_bytes(prepared.runs, prepared.training.example(images))
+    with (
+        _unchanged(prepared), autocast(prepared.device, precision), _passed_bytes(prepared.runs) as passed,
+    ):  # fmt: skip
+        return saved_bytes(prepared.runs, prepared.training.example(images)), max(passed, default=0)
 
 
 @contextlib.contextmanager

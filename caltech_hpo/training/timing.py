@@ -95,7 +95,8 @@ def _steady(step: Callable[[], None], device: torch.device, warming: int, enough
         found.append(time.perf_counter() - started)
     if device.type == "cuda":
         return statistics.fmean(found[warming:] or found[-1:])
-    return min(found[len(found) // 2 :])  # what took longer made memory still, or waited for another program
+    # the first ones made memory, one or another waited for another program; of two the second is as good
+    return statistics.median_low(found[len(found) // 2 :])
 
 
 def _suffices(found: list[float], device: torch.device, warming: int, enough: float) -> bool:

@@ -381,6 +381,20 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
         ]  # fmt: skip
 
 
+def test_where_in_its_epoch_a_training_goes_on_is_told_at_once():
+    console = Console(file=StringIO(), width=200)
+    searching = SearchView(console, "demo", 1, [], None)
+    retraining = TrainingsView(console, ["trial 0 seed 1"], 3, workers=1)
+    searching.handle(TrialResumed(0, {}, 3, 0, ""))
+    retraining.started("trial 0 seed 1", 3, resumed=True)
+    retraining.epoch("trial 0 seed 1", record(0, 1).epochs[0], 3, before=True)
+    for images in (900, 1000):
+        searching.handle(TrialUnderway(0, EpochPart(1, images, 2000)))
+        retraining.underway("trial 0 seed 1", EpochPart(2, images, 2000), 3)
+    told = [line for line in console.file.getvalue().splitlines() if "images" in line]
+    assert told == ["trial 0 epoch 1/3: 900 of 2,000 images", "trial 0 seed 1 epoch 2/3: 900 of 2,000 images"]
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_batches_in_pieces_are_told(terminal):
     console = Console(file=StringIO(), width=200, force_terminal=terminal)
