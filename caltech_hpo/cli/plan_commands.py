@@ -89,9 +89,11 @@ def forecast_line(found: Forecast) -> str:
 
 
 def plan_json(made: Plan) -> dict[str, Any]:
-    """The plan; seconds and bytes."""
+    """The plan; seconds and bytes; None for what was not looked at where no trial is to come."""
+    looked = bool(made.timed)
     return {
-        "study": made.study, "trials": made.trials, "workers": made.workers, "device": made.device,
+        "study": made.study, "trials": made.trials, "workers": made.workers or None,
+        "device": made.device or None,
         "remaining": made.forecast.trials, "seconds": made.forecast.seconds,
         "seconds_low": made.forecast.low, "seconds_high": made.forecast.high, "start_seconds": made.start,
         "epochs_a_trial": made.forecast.epochs, "pruned": made.forecast.pruned,
@@ -101,11 +103,11 @@ def plan_json(made: Plan) -> dict[str, Any]:
              "memory": time.memory, "micro_batch": time.micro_batch}
             for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
         ],
-        "memory": made.memory,
+        "memory": made.memory if looked else None,
         "disk": {
             "pixels": made.pixels, "features": made.features, "weights": made.weights,
             "checkpoints": made.checkpoints,
-        },
+        } if looked else None,
     }  # fmt: skip
 
 

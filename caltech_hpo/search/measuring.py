@@ -22,6 +22,7 @@ def measure(job: Measure, context: WorkerContext) -> Generator[Working | Measure
     """
     started = time.monotonic()
     times: list[StepTime] = []
+    elapsed: list[float] = []
     peak, problem = 0, ""
     for number, recipe in enumerate(job.recipes):
         if times and time.monotonic() - started > job.seconds:
@@ -41,4 +42,5 @@ def measure(job: Measure, context: WorkerContext) -> Generator[Working | Measure
         if problem and context.device.type == "cuda":
             release_freed_memory(context.device)
         peak = max(peak, context.memory.peak, peak_memory(context.device))
-    yield Measured(job.number, tuple(times), peak, problem)
+        elapsed.append(time.monotonic() - started)
+    yield Measured(job.number, tuple(times), peak, problem, tuple(elapsed))

@@ -141,13 +141,14 @@ class Measured:
     """What a `Measure` found, of as many recipes as there was time for.
 
     `peak` bytes of memory (the GPU's, on one) were the most that the worker took so far; the `problem` is
-    what kept a recipe from being timed.
+    what kept a recipe from being timed. So many seconds had passed after each recipe: `elapsed`.
     """
 
     job: int
     times: tuple[StepTime, ...]
     peak: int = 0
     problem: str = ""
+    elapsed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.loading import SearchData, described, load_search_data, split_sizes
@@ -76,6 +77,8 @@ def make_plan(
     say(described(index.root, data))
     say("starting a worker")
     measured, device, start = _measured(request, place, spec, records, data, workers, progress)
+    if _to_time(spec, records, request, device):
+        start += _timing_seconds(measured, device)
     if measured.problem:
         say(f"not all of it could be timed: {measured.problem}")
     times, images = measured.times, split_sizes(data)
@@ -103,9 +106,9 @@ def _measured(
     request: SearchRequest, place: Place, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
     workers: int, progress: Progress | None,
 ) -> tuple[Measured, str, float]:  # fmt: skip
-    """Steps timed by one worker with the memory that one of `workers` would have, and its device.
+    """Steps timed by one worker with the memory that one of `workers` would have.
 
-    Also the seconds that a search takes for the same before its first trial.
+    Also its device, and in how many seconds it was ready.
     """
     from caltech_hpo.errors import CaltechHpoError
     from caltech_hpo.search.run import open_executor
@@ -127,14 +130,27 @@ def _measured(
             "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
             "caltech-hpo search --smoke",
         )
-    if finished_count(records) < ENOUGH_TRIALS:  # else it times nothing
-        start += min(time.monotonic() - began - start, timing_seconds(device))
     return measured, device, start
 
 
-def timing_seconds(device: str) -> float:
-    """For how long a search times steps, at least one kind's, while its other workers wait."""
+def _search_seconds(device: str) -> float:
     return SEARCH_SECONDS_GPU if device.startswith("cuda") else SEARCH_SECONDS
+
+
+def _timing_seconds(measured: Measured, device: str) -> float:
+    """What a search takes to time the same: it stops with the first kind that exceeds its time."""
+    most = _search_seconds(device)
+    return next((passed for passed in measured.elapsed if passed > most), max(measured.elapsed))
+
+
+def _to_time(
+    spec: StudySpec, records: Sequence[TrialRecord], request: SearchRequest, device: str
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Parameters of the trainings whose steps a search times: none where enough was trained on its device."""
+    here = [record for record in records if record.device in ("", device)]
+    if finished_count(here) >= ENOUGH_TRIALS or request.subset is not None:
+        return []
+    return Forecaster(spec, here, Costs((), (0, 0)), baselines=request.baselines).unseen()
 
 
 def binding_of(executor: Executor, data: SearchData, request: SearchRequest) -> Binding:
@@ -155,20 +171,16 @@ def forecaster_for(
     What was trained on this device needs no timing.
     """
     costs, device = Costs((), split_sizes(data)), executor.ready.device
-    here = [record for record in records if record.device in ("", device)]
-    known = finished_count(here) >= ENOUGH_TRIALS
-    if not known and request.subset is None:
-        examples = Forecaster(spec, here, costs, baselines=request.baselines).unseen()
-        if examples:
-            binding = binding_of(executor, data, request)
-            recipes = [recipe_for(spec, params, binding) for params in examples]
-            on_gpu = device.startswith("cuda")
-            if on_gpu:
-                warm_up(executor, recipes, progress)
-            times = time_kinds(executor, recipes, timing_seconds(device), progress).times
-            if on_gpu:  # the steps were timed while its other workers waited
-                times = tuple(one.times(sharing(workers, request.cluster)) for one in times)
-            costs = Costs(times, costs.images)
+    if examples := _to_time(spec, records, request, device):
+        binding = binding_of(executor, data, request)
+        recipes = [recipe_for(spec, params, binding) for params in examples]
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            warm_up(executor, recipes, progress)
+        times = time_kinds(executor, recipes, _search_seconds(device), progress).times
+        if on_gpu:  # the steps were timed while its other workers waited
+            times = tuple(one.times(sharing(workers, request.cluster)) for one in times)
+        costs = Costs(times, costs.images)
     return Forecaster(
         spec, records, costs, pruning=request.pruning, baselines=request.baselines, parallel=workers,
         device=device,

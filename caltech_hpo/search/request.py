@@ -143,6 +143,8 @@ def resolve_spec(request: SearchRequest) -> StudySpec:
     spec = request.spec or load_study(request.study)
     if not DEVICE.fullmatch(request.device):
         raise UsageError(f"--device {request.device}: unknown", "use one of: auto, cpu, cuda, cuda:K, mps")
+    if request.workers < 1:
+        raise UsageError(f"workers: {request.workers}", "give at least 1")
     changes = {"precision": request.precision, "weights": request.weights}
     given = {name: value for name, value in changes.items() if value is not None}
     if given:

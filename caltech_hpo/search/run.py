@@ -100,8 +100,6 @@ def open_search(
     spec = resolve_spec(request)
     for warning in warnings_of(spec):
         say(f"warning: {warning}")
-    if request.workers < 1:
-        raise UsageError(f"workers: {request.workers}", "give at least 1")
     say(f"study {spec.name}: opening it and its images")
     # While Optuna is imported and the images are looked at. More than there are cores to import would keep a
     # refusal waiting.

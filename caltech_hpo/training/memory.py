@@ -22,7 +22,7 @@ from caltech_hpo.units import size
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
 # What counting misses on a CPU: what is made and freed on the way, gaps in the kept memory, and libraries'
-# scratch (bytes).
+# scratch (bytes at most, and at most as much as a model and its step; a head alone has none).
 MARGIN, SCRATCH = 1.8, 1 << 28
 # What frozen layers take while they run, as a multiple of what the largest of them takes and gives.
 PASSING = 1.5
@@ -102,8 +102,9 @@ def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
     # a piece's gradient of a layer is there before it is added to those of the pieces before it
     learning = (p.nbytes for p in prepared.model.parameters() if p.requires_grad)
     added = max(learning, default=0) if images < recipe.batch_size else 0
-    kept = model_bytes(prepared.model) + state_bytes(recipe, prepared)
-    return int(kept + MARGIN * step + added + SCRATCH)
+    model = model_bytes(prepared.model)
+    scratch = 0 if isinstance(prepared.training, FeatureSource) else min(SCRATCH, model + step)
+    return int(model + state_bytes(recipe, prepared) + MARGIN * step + added + scratch)
 
 
 def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:

@@ -25,9 +25,7 @@ STEPS = 2  # timed ones on a GPU, after those that warm up
 # Elsewhere at least and at most so many, until these seconds of training or scoring have passed. The first
 # ones make the memory that the others find: AlexNet's took 1.20, 0.57, 0.54, 0.37, 0.36, 0.36 s.
 LEAST, MOST, TRAINING, SCORING = 4, 12, 3.0, 1.0
-# Seconds after which two steps are enough: the first one alone was twice as long as ResNet-18's others.
-LONG = 8.0
-LONGEST = 20.0  # seconds: a first step that takes longer is taken for the others
+LONG = 8.0  # seconds after which two steps are enough; ResNet-18's first one was twice as long as the others
 
 
 def time_steps(
@@ -105,8 +103,6 @@ def _suffices(found: list[float], device: torch.device, warming: int, enough: fl
         return True
     if device.type == "cuda":
         return len(found) == warming + STEPS
-    if found and found[0] > LONGEST:
-        return True
     return len(found) == MOST or (len(found) >= LEAST and sum(found) >= enough)
 
 

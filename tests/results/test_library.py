@@ -6,7 +6,7 @@ import pytest
 from helpers import write_folders, write_image
 
 import caltech_hpo
-from caltech_hpo.errors import UsageError
+from caltech_hpo.errors import CaltechHpoError, UsageError
 from caltech_hpo.search.events import TrialEnded, TrialEpoch
 
 STUDY = """
@@ -42,6 +42,10 @@ def test_from_a_study_file_to_a_prediction(tmp_path):
     (score,) = caltech_hpo.final(spec, data=images, device="cpu", on_epoch=epochs.append, **place)
     assert score.val_accuracy == done.best.value and len(epochs) == done.best.recipe.epochs
     assert caltech_hpo.final(spec, data=images, **place) == [score]
+    late = caltech_hpo.search(spec, trials=3, data=images, device="cpu", timeout_minutes=0.0, **place)
+    assert late == done  # no trial began
+    with pytest.raises(CaltechHpoError, match=r"need about .*, and 10 MiB may be used"):
+        caltech_hpo.search(spec, trials=3, data=images, device="cpu", memory_gib=0.01, **place)
 
 
 def test_names_and_mistakes(tmp_path):

@@ -25,9 +25,10 @@ from caltech_hpo.search.events import (
     TrialUnderway,
 )
 from caltech_hpo.search.forecast import Forecaster, draw
-from caltech_hpo.search.messages import EpochPart
+from caltech_hpo.search.messages import EpochPart, Measured
+from caltech_hpo.search.planning import _timing_seconds, _to_time
 from caltech_hpo.search.records import TrialRecord
-from caltech_hpo.search.request import Cluster, sharing
+from caltech_hpo.search.request import Cluster, SearchRequest, sharing
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
 from caltech_hpo.study_files import load_study
 from caltech_hpo.timings import CONCAT_COPIES, Kind, StepTime, kind_of, views_of
@@ -379,6 +380,26 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
             f"trial 0{seed} epoch 1/3: {images} of 2,000 images"
             for images in ("250", "1,500") for seed in ("", " seed 1")
         ]  # fmt: skip
+
+
+def test_what_a_search_times_before_its_first_trial():
+    """Nothing where enough trials ran on its device, or where all kinds did."""
+    three, other = [record(number, 2) for number in range(3)], load_study("alexnet-scratch")
+    asked = SearchRequest("demo", 9)
+    assert len(_to_time(SPEC, [], asked, "cpu")) == 1 and _to_time(SPEC, three[:1], asked, "cpu") == []
+    assert len(_to_time(SPEC, three, asked, "cuda:0 H100")) == 1
+    assert _to_time(other, three, asked, "cpu") == [] and len(_to_time(other, three[:2], asked, "cpu")) > 1
+    assert _to_time(SPEC, [], SearchRequest("demo", 2, subset=300), "cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("device", "elapsed", "expected"),
+    [("cpu", (4.0, 9.0), 9.0), ("cpu", (4.0, 17.0, 60.0), 17.0), ("cpu", (40.0, 50.0), 40.0),
+     ("cuda:0 H100", (6.0, 7.0), 6.0), ("cuda:0 H100", (0.4, 0.8), 0.8)],
+)  # fmt: skip
+def test_how_long_it_times_them(device, elapsed, expected):
+    """Until its time is over, the first kind in any case."""
+    assert _timing_seconds(Measured(-1, (TIME,) * len(elapsed), elapsed=elapsed), device) == expected
 
 
 def test_where_in_its_epoch_a_training_goes_on_is_told_at_once():

@@ -28,7 +28,6 @@ from caltech_hpo.training.memory import (
     _kind,
     fewest_images,
     halve_until,
-    model_bytes,
     needed_bytes,
     with_micro_batch,
 )
@@ -77,14 +76,33 @@ def test_pieces_add_up_to_the_batch(splits, tmp_path, changes, images):
         assert (one[3], other[3]) == (None, images)
 
 
-def test_an_estimate_has_the_model_and_the_gradient_that_a_piece_adds(splits):
+def test_an_estimate_has_the_model_and_the_gradient_that_a_piece_adds(splits, monkeypatch):
     """That of the layer with most weights: VGG16's takes 0.4 GiB beside what earlier pieces have left."""
+    monkeypatch.setattr(memory_module, "MARGIN", 0)
+    monkeypatch.setattr(memory_module, "SCRATCH", 0)
     made = recipe(batch_size=8)
     prepared = ready(made, splits)
-    six, seven, whole = (needed_bytes(made, prepared, images) for images in (6, 7, 8))
-    largest = max(p.nbytes for p in prepared.model.parameters())
-    assert whole - seven == pytest.approx(seven - six - largest, abs=4)
-    assert six > 5 * model_bytes(prepared.model)  # with gradients, momentum, the best epoch's, a step's copy
+    parameters = [p.nbytes for p in prepared.model.parameters()]
+    # the model, its gradients, the momentum, the best epoch's, and a copy for the optimizer's step
+    assert needed_bytes(made, prepared, 8) == 5 * sum(parameters)
+    assert needed_bytes(made, prepared, 7) == 5 * sum(parameters) + max(parameters)
+
+
+def test_frozen_layers_take_memory_while_they_run(splits, monkeypatch, tmp_path):
+    """They keep nothing for a backward pass; where their outputs are stored, they do not run."""
+    made = recipe(freeze="features", batch_size=16)
+    running = ready(made, splits)
+    passing = needed_bytes(made, running, 16)
+    stored = needed_bytes(made, ready(made, splits, tmp_path), 16)
+    monkeypatch.setattr(memory_module, "PASSING", 0)
+    layer = 16 * 64 * 64 * 3 * 4  # the first one takes the images
+    assert passing > needed_bytes(made, running, 16) + memory_module.MARGIN * layer and passing > 2 * stored
+    modules = list(running.runs.modules())
+    assert not any(module._forward_hooks for module in modules)
+    with monkeypatch.context() as failing, pytest.raises(ZeroDivisionError):
+        failing.setattr(memory_module, "saved_bytes", lambda *given: 1 // 0)
+        needed_bytes(made, running, 16)
+    assert not any(module._forward_hooks for module in modules)
 
 
 @given(batch=st.integers(1, 1000), room=st.integers(0, 1000), fewest=st.integers(1, 2))

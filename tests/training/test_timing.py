@@ -32,7 +32,7 @@ def steady(durations, device, monkeypatch, warming=1, enough=timing.TRAINING):
         ([0.1] + [0.06] * 8 + [0.05, 0.06, 0.06, 9], (0.06, 12)),  # nor is the fastest one like the others
         ([4.6, 2.1, 2.0, 9], (2.0, 3)),  # slow ones: the first is not like the others
         ([9.0, 5.0, 9], (5.0, 2)),
-        ([21.0, 9], (21.0, 1)),
+        ([70.0, 60.0, 9], (60.0, 2)),
     ],
 )
 def test_on_a_cpu_until_memory_is_made(durations, expected, monkeypatch):
