@@ -46,16 +46,18 @@ class Kind(Frozen):
 class StepTime(Frozen):
     """Seconds of one kind of training: once a trial (`setup`), a training batch, a validation image.
 
-    `once` seconds an image and view go by where a frozen prefix is computed for the first time (0: nothing
-    is kept), taking `kept` bytes each on disk. `memory` is the estimated peak in bytes, the model included;
-    `weights` is the model's part of it, and the size of its file; `checkpoint` is a checkpoint's size. A
-    batch goes in pieces of `micro_batch` images (None: whole).
+    The batches that count took `spread` times as long as the shortest of them: more than a little where other
+    programs run. `once` seconds an image and view go by where a frozen prefix is computed for the first time
+    (0: nothing is kept), taking `kept` bytes each on disk. `memory` is the estimated peak in bytes, the model
+    included; `weights` is the model's part of it, and the size of its file; `checkpoint` is a checkpoint's
+    size. A batch goes in pieces of `micro_batch` images (None: whole).
     """
 
     kind: Kind
     setup: NonNegativeFloat
     batch: NonNegativeFloat
     evaluation: NonNegativeFloat
+    spread: Annotated[float, Field(ge=1)] = 1.0
     once: NonNegativeFloat = 0.0
     kept: NonNegativeInt = 0
     memory: NonNegativeInt = 0

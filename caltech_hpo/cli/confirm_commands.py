@@ -90,7 +90,9 @@ def confirm(
 def _announcement(plan: ConfirmPlan) -> str:
     total = len(plan.finalists) * len(plan.seeds)
     trials = ", ".join(str(one.trial) for one in plan.finalists)
-    text = f"study {plan.study}: trials {trials} on seeds {plan.seeds[0]} to {plan.seeds[-1]}: "
+    seeds = ", ".join(map(str, plan.seeds))
+    of, on = "s" * (len(plan.finalists) > 1), "s" * (len(plan.seeds) > 1)
+    text = f"study {plan.study}: trial{of} {trials} on seed{on} {seeds}: "
     done = total - len(plan.open)
     return text + (f"{done} of {total} trainings done" if plan.open else f"all {total} trainings done before")
 

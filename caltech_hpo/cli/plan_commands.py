@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from caltech_hpo.search.planning import Plan
     from caltech_hpo.timings import StepTime
 
+UNEVEN = 1.5  # steps whose middle one takes so many times as long as the shortest
+
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
@@ -92,17 +94,18 @@ def plan_json(made: Plan) -> dict[str, Any]:
     """The plan; seconds and bytes; None for what was not looked at where no trial is to come."""
     looked = bool(made.timed)
     return {
-        "study": made.study, "trials": made.trials, "workers": made.workers or None,
-        "device": made.device or None,
+        "study": made.study, "trials": made.trials, "finished": made.finished,
+        "workers": made.workers or None, "device": made.device or None,
         "remaining": made.forecast.trials, "seconds": made.forecast.seconds,
         "seconds_low": made.forecast.low, "seconds_high": made.forecast.high, "start_seconds": made.start,
         "epochs_a_trial": made.forecast.epochs, "pruned": made.forecast.pruned,
         "history_trials": made.forecast.history,
         "kinds": [
             {**time.kind.model_dump(), "epoch_seconds": epoch, "setup_seconds": time.setup,
-             "memory": time.memory, "micro_batch": time.micro_batch}
+             "memory": time.memory, "micro_batch": time.micro_batch, "spread": time.spread}
             for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
         ],
+        "untimed_kinds": made.untimed,
         "memory": made.memory if looked else None,
         "disk": {
             "pixels": made.pixels, "features": made.features, "weights": made.weights,
@@ -114,7 +117,7 @@ def plan_json(made: Plan) -> dict[str, Any]:
 def plan_text(made: Plan) -> Group | str:
     """The plan for people."""
     if not made.timed:
-        return forecast_line(made.forecast)
+        return f"no trials to come: {made.finished} are finished already (asked: {made.trials})"
     rows = [
         [time.kind.freeze, str(time.kind.frozen_blocks), _batch(time),
          f"{time.kind.views} an image" if time.kept else "-", f"{epoch:.1f} s", f"{time.setup:.1f} s",
@@ -122,9 +125,16 @@ def plan_text(made: Plan) -> Group | str:
         for time, epoch in zip(made.timed, made.epoch_seconds, strict=True)
     ]  # fmt: skip
     columns = ("freeze", "frozen blocks", "batch", "features", "epoch", "before a trial", "memory, estimated")
+    notes = []
+    if made.untimed:
+        of = f"{made.untimed} of {made.untimed + len(rows)} kinds of training"
+        notes.append(f"not timed, and taken for the nearest that was: {of}")
+    if max(time.spread for time in made.timed) > UNEVEN:
+        notes.append("the timed steps differ much: do other programs run? The range is wider for it")
     workers = f"{made.workers} workers take" if made.workers > 1 else "a worker takes"
     return Group(
         table_of(columns, rows, left=("freeze",), title=f"study {made.study} on {made.device}"),
+        *notes,
         forecast_line(made.forecast),
         f"memory: {workers} {size(made.memory)} at most, as in these steps",
         f"disk: decoded images {size(made.pixels)}, features {size(made.features)}, the best trial's weights "

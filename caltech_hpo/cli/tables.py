@@ -135,7 +135,10 @@ def report_table(made: Report) -> RenderableType:
         )  # fmt: skip
     for row in cells:
         table.add_row(*(escape(row[name]) for name in columns))
-    lines = ["every row: " + ", ".join(f"{name} {cells[0][name]}" for name in same)] if same and cells else []
+    lines = []
+    if same:  # here is room for the whole name
+        first = cells[0] | {"augmentation": made.rows[0].params["augmentation"]}
+        lines.append("every row: " + ", ".join(f"{name} {first[name]}" for name in same))
     lines.append(
         "* best complete trial; B hand-tuned baseline; one seed where none are given; "
         "published: loss, validation, test"

@@ -33,6 +33,12 @@ class Costs:
         assert timed is not None, "something was timed or seen"
         return self._timed(kind, timed) * self._correction()
 
+    @property
+    def spread(self) -> float:
+        """How far apart the timed steps were, as in `StepTime`; 1 once epochs of their kind were seen."""
+        spreads = [time.spread for time in self.times if not any(map(time.kind.is_like, self.seen))]
+        return statistics.median(spreads) if spreads else 1.0
+
     def setup(self, kind: Kind) -> float:
         """Seconds before a trial's first epoch."""
         nearest = self._nearest(kind)

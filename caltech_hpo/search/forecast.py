@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ SIMULATED = 400  # studies
 ASSUMED_PRUNED, ASSUMED_KEPT = 3, 2
 # Pruned at once, or after up to this share of what is left behind the warm-up.
 ASSUMED_DELAY = 0.3
-TIMING_ERROR = 0.08  # standard deviation of the log: steps timed once are not the steps of an hour
+# Standard deviation of the log: steps timed once are not the steps of an hour. Half of what they differ by
+# among themselves is added.
+TIMING_ERROR = 0.08
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,8 @@ class Forecaster:
         pruned, shares = self._simulated_pruning(random, before, lengths[chosen])
         epochs = np.maximum(1, np.round(shares * lengths[chosen]))
         seconds = (setup[chosen] + epochs * epoch_seconds[chosen]).sum(1) + fixed
-        seconds *= np.exp(random.normal(0, TIMING_ERROR, SIMULATED)) / self._parallel
+        error = math.hypot(TIMING_ERROR, math.log(self._costs.spread) / 2)
+        seconds *= np.exp(random.normal(0, error, SIMULATED)) / self._parallel
         low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
         each = [*(trial.left for trial in queued), *epochs.mean(0)]
         return Forecast(

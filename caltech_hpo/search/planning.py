@@ -34,16 +34,19 @@ class Plan:
     `memory` is the most that the timing took, times the workers; `checkpoints` the most that those of all
     workers take while they train. Workers share one device: they are not counted on to be faster than one
     that has it to itself. The `forecast` counts from the search's beginning, with the `start` seconds before
-    its first trial. Where no trial is to come, nothing was looked at.
+    its first trial; `untimed` kinds of training are taken for the nearest timed one. Where no trial is to
+    come, since the study has its `finished` ones, nothing was looked at.
     """
 
     study: str
     trials: int
+    finished: int
     forecast: Forecast
     workers: int = 0
     device: str = ""
     start: float = 0.0
     timed: tuple[StepTime, ...] = ()
+    untimed: int = 0
     epoch_seconds: tuple[float, ...] = ()
     memory: int = 0
     pixels: int = 0
@@ -67,7 +70,7 @@ def make_plan(
     records = trial_records(stored) if stored is not None else []
     finished = finished_count(records)
     if finished >= request.trials:
-        return Plan(request.study, request.trials, NOTHING)
+        return Plan(request.study, request.trials, finished, NOTHING)
     index = scan(locate_data(spec, place, progress=progress, say=say))
     data = load_search_data(
         index, spec.recipe.resize, place.cache, skip_unreadable=request.skip_unreadable, progress=progress
@@ -76,7 +79,8 @@ def make_plan(
     workers = min(request.workers, request.trials - finished)
     say(described(index.root, data))
     say("starting a worker")
-    measured, device, start = _measured(request, place, spec, records, data, workers, progress)
+    examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
+    measured, device, start = _measured(request, place, spec, examples, data, workers, progress)
     if _to_time(spec, records, request, device):
         start += _timing_seconds(measured, device)
     if measured.problem:
@@ -93,8 +97,8 @@ def make_plan(
         for one in sorted(times, key=lambda one: one.kind.views)
     }
     return Plan(
-        request.study, request.trials, forecast.later(start), workers, device, start, times,
-        tuple(costs.epoch(one.kind) for one in times),
+        request.study, request.trials, finished, forecast.later(start), workers, device, start, times,
+        len(examples) - len(times), tuple(costs.epoch(one.kind) for one in times),
         memory=workers * measured.peak,
         pixels=sum(path.stat().st_size for path in (data.training_cache, data.validation_cache)),
         features=sum(views.values()), weights=max(one.weights for one in times),
@@ -103,10 +107,10 @@ def make_plan(
 
 
 def _measured(
-    request: SearchRequest, place: Place, spec: StudySpec, records: Sequence[TrialRecord], data: SearchData,
-    workers: int, progress: Progress | None,
+    request: SearchRequest, place: Place, spec: StudySpec, examples: Sequence[dict[str, Any]],
+    data: SearchData, workers: int, progress: Progress | None,
 ) -> tuple[Measured, str, float]:  # fmt: skip
-    """Steps timed by one worker with the memory that one of `workers` would have.
+    """Steps of the `examples` timed by one worker, with the memory that one of `workers` would have.
 
     Also its device, and in how many seconds it was ready.
     """
@@ -121,14 +125,13 @@ def _measured(
     ) as executor:  # fmt: skip
         device, start = executor.ready.device, time.monotonic() - began
         binding = binding_of(executor, data, request)
-        examples = Forecaster(spec, records, Costs((), (0, 0)), baselines=request.baselines).examples()
         recipes = [recipe_for(spec, params, binding) for params in examples]
         measured = time_kinds(executor, recipes, PLAN_SECONDS, progress)
     if not measured.times:
         raise CaltechHpoError(
             f"study '{request.study}': no step of it could be timed: {measured.problem}",
             "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
-            "caltech-hpo search --smoke",
+            f"caltech-hpo search --study {request.study} --smoke",
         )
     return measured, device, start
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -87,13 +88,30 @@ def worker_environment(*, tuned: bool = True) -> Iterator[None]:
     One that comes meanwhile reaches this process when it has started the child.
     """
     resource_tracker.ensure_running()  # which would unblock it
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    before = os.environ.get("GLIBC_TUNABLES")
-    if tuned and sys.platform == "linux" and before is None:
-        os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+    with _interrupted_later():
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = os.environ.get("GLIBC_TUNABLES")
+        if tuned and sys.platform == "linux" and before is None:
+            os.environ["GLIBC_TUNABLES"] = GLIBC_TUNABLES
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop("GLIBC_TUNABLES", None)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Holds Ctrl-C back until the end, also one that reaches another thread than this (of a library's)."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that one can be interrupted
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("GLIBC_TUNABLES", None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if came:
+            signal.raise_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from torch import nn
 from caltech_hpo.errors import UsageError
 from caltech_hpo.terms import DEFAULT_SMALLEST_CROP, SMALLEST_CROP, TIMM
 from caltech_hpo.training.architectures import ARCHITECTURES
-from caltech_hpo.training.memory import saved_bytes
+from caltech_hpo.training.memory_estimate import saved_bytes
 from caltech_hpo.training.models import untrained
 from caltech_hpo.training.timm_models import timm_config
 

@@ -16,7 +16,8 @@ from caltech_hpo.training.cuda_graph import PLAIN_STEPS
 from caltech_hpo.training.device import autocast, resolve_precision, synchronize, try_algorithms
 from caltech_hpo.training.features import CHUNK, MOST_BYTES, Split, feature_bytes
 from caltech_hpo.training.loop import step_graph, train_batches
-from caltech_hpo.training.memory import MicroBatches, model_bytes, needed_bytes
+from caltech_hpo.training.memory import MicroBatches
+from caltech_hpo.training.memory_estimate import model_bytes, needed_bytes
 from caltech_hpo.training.prepare import Prepared, frozen_parts, prepare
 from caltech_hpo.training.sources import FeatureSource, plan_for
 from caltech_hpo.training.state import begin, checkpoint_bytes
@@ -58,17 +59,18 @@ def time_steps(
         source = FeatureSource((outputs, outputs), labels[repeated], plan_for(recipe, device))
         prepared = replace(prepared, runs=rest, training=source, validation=source, prefix=None)
     prepared = memory.fit(recipe, prepared)  # once for each kind and worker: no trial's own
-    batch, checkpoint = _training_time(recipe, prepared)
+    (batch, spread), checkpoint = _training_time(recipe, prepared)
     evaluation = _evaluation_time(recipe, prepared)
     return StepTime(
-        kind=kind_of(recipe), setup=setup, batch=batch, evaluation=evaluation, once=once, kept=kept,
-        weights=model_bytes(prepared.model), checkpoint=checkpoint, micro_batch=prepared.micro_batch,
+        kind=kind_of(recipe), setup=setup, batch=batch, spread=spread, evaluation=evaluation, once=once,
+        kept=kept, weights=model_bytes(prepared.model), checkpoint=checkpoint,
+        micro_batch=prepared.micro_batch,
         memory=needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
     )  # fmt: skip
 
 
-def _training_time(recipe: Recipe, prepared: Prepared) -> tuple[float, int]:
-    """Seconds of a training batch, the making of the batch included, and bytes of a checkpoint after it."""
+def _training_time(recipe: Recipe, prepared: Prepared) -> tuple[tuple[float, float], int]:
+    """Of a training batch, its making included, what `_steady` says; bytes of a checkpoint after it."""
     state = begin(recipe, prepared)
     graph = step_graph(recipe, prepared, state)
     batches = _endless(prepared)
@@ -84,17 +86,20 @@ def _training_time(recipe: Recipe, prepared: Prepared) -> tuple[float, int]:
     return _steady(step, prepared.device, warming, TRAINING), checkpoint_bytes(state, prepared)
 
 
-def _steady(step: Callable[[], None], device: torch.device, warming: int, enough: float) -> float:
-    """Seconds of a step, once those that warm up are over."""
+def _steady(
+    step: Callable[[], None], device: torch.device, warming: int, enough: float
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds of a step, once those that warm up are over, and how many times the shortest one's they are."""
     found: list[float] = []
     while not _suffices(found, device, warming, enough):
         started = time.perf_counter()
         step()
         found.append(time.perf_counter() - started)
     if device.type == "cuda":
-        return statistics.fmean(found[warming:] or found[-1:])
-    # the first ones made memory, one or another waited for another program; of two the second is as good
-    return statistics.median_low(found[len(found) // 2 :])
+        return statistics.fmean(found[warming:] or found[-1:]), 1.0
+    steady = found[len(found) // 2 :]  # the first ones made memory
+    seconds = statistics.median_low(steady)  # one or another waited for another program
+    return seconds, seconds / min(steady)
 
 
 def _suffices(found: list[float], device: torch.device, warming: int, enough: float) -> bool:
@@ -123,7 +128,8 @@ def _evaluation_time(recipe: Recipe, prepared: Prepared) -> float:
         synchronize(prepared.device)
         images = len(labels)
 
-    return views * _steady(step, prepared.device, 1, SCORING) / images
+    seconds, _ = _steady(step, prepared.device, 1, SCORING)
+    return views * seconds / images
 
 
 def _timed_outputs(

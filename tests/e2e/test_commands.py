@@ -56,8 +56,9 @@ def test_a_plan_of_what_is_there_times_nothing(searched):
     done = here(*planned, "--json", cwd=folder)
     document = json.loads(done.stdout)
     assert (document["remaining"], document["seconds"], document["kinds"]) == (0, 0.0, [])
+    assert document["finished"] == 2 and document["memory"] is document["disk"] is None
     assert "starting a worker" not in done.stderr
-    assert here(*planned, cwd=folder).stdout == "no trials to come: there are as many finished already\n"
+    assert here(*planned, cwd=folder).stdout == "no trials to come: 2 are finished already (asked: 2)\n"
 
 
 def test_final_scores_the_test_set_once(searched):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from helpers import write_folders, write_image
 
@@ -58,4 +60,5 @@ def test_names_and_mistakes(tmp_path):
         caltech_hpo.search("demo", trials=1, workers=0, home=tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         caltech_hpo.tune  # noqa: B018
+    assert "memory_gib" in inspect.signature(caltech_hpo.search).parameters
     assert callable(caltech_hpo.search) and caltech_hpo.search.run.open_search  # the room of the same name

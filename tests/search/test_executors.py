@@ -167,10 +167,13 @@ def test_no_free_worker_times_no_steps():
     assert time_kinds(lost, [], 1.0, None).times == ()
 
 
-def test_an_interrupt_while_a_process_starts_comes_afterwards():
-    """And never to the process that is started."""
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_interrupt_while_a_process_starts_comes_afterwards(threads):
+    """And never to the process that is started. A library's thread may be what the system interrupts."""
     code = (
-        "import os, signal, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, threading, time\n"
+        f"for _ in range({threads}):\n"
+        "    threading.Thread(target=time.sleep, args=(2,), daemon=True).start()\n"
         "from caltech_hpo.search.spawning import worker_environment\n"
         "try:\n"
         "    with worker_environment():\n"
@@ -430,7 +433,7 @@ def test_what_a_worker_refuses_is_raised_before_any_job(config, change, error):
 
 def test_a_worker_is_told_how_much_memory_it_may_use(config):
     from caltech_hpo.search.worker import open_worker
-    from caltech_hpo.training.memory import needed_bytes
+    from caltech_hpo.training.memory_estimate import needed_bytes
     from caltech_hpo.training.prepare import prepare
 
     context = open_worker(config)

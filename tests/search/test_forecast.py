@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from caltech_hpo.cli import options
+from caltech_hpo.cli.plan_commands import plan_json, plan_text
 from caltech_hpo.cli.search_view import SearchView
 from caltech_hpo.cli.trainings_view import TrainingsView
 from caltech_hpo.data.augment import AUGMENTATIONS, Augmentation
@@ -26,7 +27,7 @@ from caltech_hpo.search.events import (
 )
 from caltech_hpo.search.forecast import Forecaster, draw
 from caltech_hpo.search.messages import EpochPart, Measured
-from caltech_hpo.search.planning import _timing_seconds, _to_time
+from caltech_hpo.search.planning import Plan, _timing_seconds, _to_time
 from caltech_hpo.search.records import TrialRecord
 from caltech_hpo.search.request import Cluster, SearchRequest, sharing
 from caltech_hpo.spec import Baseline, EpochResult, PrunerSpec, Recipe
@@ -380,6 +381,31 @@ def test_long_epochs_show_how_far_they_are(terminal, monkeypatch):
             f"trial 0{seed} epoch 1/3: {images} of 2,000 images"
             for images in ("250", "1,500") for seed in ("", " seed 1")
         ]  # fmt: skip
+
+
+def test_steps_that_differ_make_the_range_wider_until_epochs_are_seen():
+    uneven = TIME.model_copy(update={"spread": 4.0})
+
+    def width(records, *times):
+        found = Forecaster(SPEC, records, costs(*times), pruning=False).forecast(4)
+        return found.high / found.low
+
+    even = width([], TIME)
+    assert width([], uneven, uneven, TIME) > 3 * even and width([], uneven, TIME, TIME) == even
+    assert width([record(0, 3)], uneven) == width([record(0, 3)], TIME)
+
+
+@pytest.mark.parametrize(("untimed", "spread", "notes"), [(0, 1.2, 0), (8, 1.2, 1), (8, 3.0, 2)])
+def test_a_plan_says_what_it_rests_on(untimed, spread, notes):
+    found = Forecaster(SPEC, [], costs()).forecast(4)
+    timed = (TIME.model_copy(update={"spread": spread}),)
+    made = Plan("demo", 4, 0, found, 1, "cpu", 2.0, timed, untimed, (2.0,))
+    console = Console(file=StringIO(), width=200)
+    console.print(plan_text(made))
+    text = console.file.getvalue()
+    assert ("taken for the nearest that was: 8 of 9 kinds of training" in text) == (notes > 0)
+    assert ("steps differ much" in text) == (notes > 1)
+    assert plan_json(made)["untimed_kinds"] == untimed
 
 
 def test_what_a_search_times_before_its_first_trial():

@@ -20,7 +20,7 @@ from caltech_hpo.data.dataset import scan
 from caltech_hpo.data.loading import load_search_data
 from caltech_hpo.spec import Recipe
 from caltech_hpo.training import memory as memory_module
-from caltech_hpo.training import system_memory
+from caltech_hpo.training import memory_estimate, system_memory
 from caltech_hpo.training.features import Split
 from caltech_hpo.training.loop import train
 from caltech_hpo.training.memory import (
@@ -28,9 +28,9 @@ from caltech_hpo.training.memory import (
     _kind,
     fewest_images,
     halve_until,
-    needed_bytes,
     with_micro_batch,
 )
+from caltech_hpo.training.memory_estimate import needed_bytes
 from caltech_hpo.training.prepare import prepare
 from caltech_hpo.training.system_memory import free_memory, is_out_of_memory, memory_share
 
@@ -78,8 +78,8 @@ def test_pieces_add_up_to_the_batch(splits, tmp_path, changes, images):
 
 def test_an_estimate_has_the_model_and_the_gradient_that_a_piece_adds(splits, monkeypatch):
     """That of the layer with most weights: VGG16's takes 0.4 GiB beside what earlier pieces have left."""
-    monkeypatch.setattr(memory_module, "MARGIN", 0)
-    monkeypatch.setattr(memory_module, "SCRATCH", 0)
+    monkeypatch.setattr(memory_estimate, "MARGIN", 0)
+    monkeypatch.setattr(memory_estimate, "SCRATCH", 0)
     made = recipe(batch_size=8)
     prepared = ready(made, splits)
     parameters = [p.nbytes for p in prepared.model.parameters()]
@@ -94,13 +94,13 @@ def test_frozen_layers_take_memory_while_they_run(splits, monkeypatch, tmp_path)
     running = ready(made, splits)
     passing = needed_bytes(made, running, 16)
     stored = needed_bytes(made, ready(made, splits, tmp_path), 16)
-    monkeypatch.setattr(memory_module, "PASSING", 0)
+    monkeypatch.setattr(memory_estimate, "PASSING", 0)
     layer = 16 * 64 * 64 * 3 * 4  # the first one takes the images
-    assert passing > needed_bytes(made, running, 16) + memory_module.MARGIN * layer and passing > 2 * stored
+    assert passing > needed_bytes(made, running, 16) + memory_estimate.MARGIN * layer and passing > 2 * stored
     modules = list(running.runs.modules())
     assert not any(module._forward_hooks for module in modules)
     with monkeypatch.context() as failing, pytest.raises(ZeroDivisionError):
-        failing.setattr(memory_module, "saved_bytes", lambda *given: 1 // 0)
+        failing.setattr(memory_estimate, "saved_bytes", lambda *given: 1 // 0)
         needed_bytes(made, running, 16)
     assert not any(module._forward_hooks for module in modules)
 

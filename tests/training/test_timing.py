@@ -20,7 +20,9 @@ def steady(durations, device, monkeypatch, warming=1, enough=timing.TRAINING):
         now[0] += taken[-1]
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    return pytest.approx(timing._steady(step, device, warming, enough)), len(taken)
+    seconds, spread = timing._steady(step, device, warming, enough)
+    assert seconds / spread == pytest.approx(min(taken[len(taken) // 2 :]) if device == CPU else seconds)
+    return pytest.approx(seconds), len(taken)
 
 
 @pytest.mark.parametrize(
