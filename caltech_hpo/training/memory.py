@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -52,11 +53,10 @@ class MicroBatches:
             release_freed_memory(self._device)
         self._latest = key
         if key not in self._known:
-            attempt = self._train_once if self._device.type == "cuda" else self._count
-            fewest = fewest_images(prepared.runs)
-            self._known[key] = halve_until(
-                lambda images: attempt(recipe, prepared, images), recipe.batch_size, fewest
-            )
+            attempt = partial(self._train_once, recipe, prepared)
+            if self._device.type != "cuda":
+                attempt = partial(self._require, needed_bytes(recipe, prepared))
+            self._known[key] = halve_until(attempt, recipe.batch_size, fewest_images(prepared.runs))
         fitted = with_micro_batch(prepared, recipe, self._known[key])
         if fitted.micro_batch or key not in self._image_bytes:
             return fitted
@@ -74,11 +74,11 @@ class MicroBatches:
         self._known[_kind(recipe, prepared)] = max(fewest_images(prepared.runs), before // 2)
         return self._known[_kind(recipe, prepared)] < before
 
-    def _count(self, recipe: Recipe, prepared: Prepared, images: int) -> None:
-        needed = needed_bytes(recipe, prepared, images)
-        if needed > self._limit:
+    def _require(self, needed: Callable[[int], int], images: int) -> None:
+        if needed(images) > self._limit:
             raise torch.OutOfMemoryError(
-                f"{images} images at a time need about {size(needed)}, and {size(self._limit)} may be used"
+                f"{images} images at a time need about {size(needed(images))}, and {size(self._limit)} may "
+                f"be used"
             )
 
     def _train_once(self, recipe: Recipe, prepared: Prepared, images: int) -> None:

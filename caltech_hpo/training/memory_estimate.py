@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,17 +84,21 @@ def learning_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def needed_bytes(recipe: Recipe, prepared: Prepared, images: int) -> int:
-    """An estimate of a CPU training's peak with its model, `images` at a time; counted, not allocated."""
+def needed_bytes(recipe: Recipe, prepared: Prepared) -> Callable[[int], int]:
+    """An estimate of a CPU training's peak with its model, for how many images are computed at a time."""
     (two, _), (three, passed) = (_step_bytes(recipe, prepared, count) for count in (2, 3))
-    each = max(three - two, PASSING * passed / 3)
-    step = batch_bytes(recipe, prepared) + images * each
+    each, batches = max(three - two, PASSING * passed / 3), batch_bytes(recipe, prepared)
+    model, state = model_bytes(prepared.model), state_bytes(recipe, prepared)
     # a piece's gradient of a layer is there before it is added to those of the pieces before it
-    learning = (p.nbytes for p in prepared.model.parameters() if p.requires_grad)
-    added = max(learning, default=0) if images < recipe.batch_size else 0
-    model = model_bytes(prepared.model)
-    scratch = 0 if isinstance(prepared.training, FeatureSource) else min(SCRATCH, model + step)
-    return int(model + state_bytes(recipe, prepared) + MARGIN * step + added + scratch)
+    added = max((p.nbytes for p in prepared.model.parameters() if p.requires_grad), default=0)
+    most_scratch = 0 if isinstance(prepared.training, FeatureSource) else SCRATCH
+
+    def needed(images: int) -> int:
+        step = batches + images * each
+        pieces = added if images < recipe.batch_size else 0
+        return int(model + state + MARGIN * step + pieces + min(most_scratch, model + step))
+
+    return needed
 
 
 def batch_bytes(recipe: Recipe, prepared: Prepared) -> int:

@@ -65,7 +65,7 @@ def time_steps(
         kind=kind_of(recipe), setup=setup, batch=batch, spread=spread, evaluation=evaluation, once=once,
         kept=kept, weights=model_bytes(prepared.model), checkpoint=checkpoint,
         micro_batch=prepared.micro_batch,
-        memory=needed_bytes(recipe, prepared, prepared.micro_batch or recipe.batch_size),
+        memory=needed_bytes(recipe, prepared)(prepared.micro_batch or recipe.batch_size),
     )  # fmt: skip
 
 

@@ -439,7 +439,7 @@ def test_a_worker_is_told_how_much_memory_it_may_use(config):
     context = open_worker(config)
     made = recipe(batch_size=48)
     *_, prepared = prepare(made, context.training, context.validation, context.device)
-    room = 2 * needed_bytes(made, prepared, 3)
+    room = 2 * needed_bytes(made, prepared)(3)
     executor = InlineExecutor(dataclasses.replace(config, workers=2, memory=room))
     events = play(executor, Job(0, made))
     assert [event.result.micro_batch for event in events[:-1]] == [3, 3]

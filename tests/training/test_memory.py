@@ -84,24 +84,24 @@ def test_an_estimate_has_the_model_and_the_gradient_that_a_piece_adds(splits, mo
     prepared = ready(made, splits)
     parameters = [p.nbytes for p in prepared.model.parameters()]
     # the model, its gradients, the momentum, the best epoch's, and a copy for the optimizer's step
-    assert needed_bytes(made, prepared, 8) == 5 * sum(parameters)
-    assert needed_bytes(made, prepared, 7) == 5 * sum(parameters) + max(parameters)
+    assert needed_bytes(made, prepared)(8) == 5 * sum(parameters)
+    assert needed_bytes(made, prepared)(7) == 5 * sum(parameters) + max(parameters)
 
 
 def test_frozen_layers_take_memory_while_they_run(splits, monkeypatch, tmp_path):
     """They keep nothing for a backward pass; where their outputs are stored, they do not run."""
     made = recipe(freeze="features", batch_size=16)
     running = ready(made, splits)
-    passing = needed_bytes(made, running, 16)
-    stored = needed_bytes(made, ready(made, splits, tmp_path), 16)
+    passing = needed_bytes(made, running)(16)
+    stored = needed_bytes(made, ready(made, splits, tmp_path))(16)
     monkeypatch.setattr(memory_estimate, "PASSING", 0)
     layer = 16 * 64 * 64 * 3 * 4  # the first one takes the images
-    assert passing > needed_bytes(made, running, 16) + memory_estimate.MARGIN * layer and passing > 2 * stored
+    assert passing > needed_bytes(made, running)(16) + memory_estimate.MARGIN * layer and passing > 2 * stored
     modules = list(running.runs.modules())
     assert not any(module._forward_hooks for module in modules)
     with monkeypatch.context() as failing, pytest.raises(ZeroDivisionError):
         failing.setattr(memory_estimate, "saved_bytes", lambda *given: 1 // 0)
-        needed_bytes(made, running, 16)
+        needed_bytes(made, running)(16)
     assert not any(module._forward_hooks for module in modules)
 
 
@@ -130,7 +130,7 @@ def test_counting_keeps_nothing(splits):
     seen = []
     for module in prepared.runs.modules():
         module.register_forward_hook(lambda *given: seen.append(weakref.ref(given[-1])))
-    assert needed_bytes(made, prepared, 4) > 0
+    assert needed_bytes(made, prepared)(4) > 0
     assert len(seen) > 40 and not any(output() is not None for output in seen)
 
 
@@ -145,7 +145,7 @@ def test_another_error_is_no_lack_of_memory():
 def test_a_limit_decides_the_images_at_a_time_once_a_kind(splits, monkeypatch):
     made = recipe(batch_size=16)
     prepared = ready(made, splits)
-    three, four = (needed_bytes(made, prepared, images) for images in (3, 4))
+    three, four = (needed_bytes(made, prepared)(images) for images in (3, 4))
     assert three < four
     batches = MicroBatches(CPU, four)
     assert batches.fit(made, prepared).micro_batch == 4
@@ -163,7 +163,7 @@ def test_a_limit_decides_the_images_at_a_time_once_a_kind(splits, monkeypatch):
 )
 def test_another_kind_is_looked_at_again(splits, change, monkeypatch):
     looked = []
-    monkeypatch.setattr(memory_module, "needed_bytes", lambda *given: looked.append(given) or 0)
+    monkeypatch.setattr(memory_module, "needed_bytes", lambda *given: looked.append(given) or int)
     batches = MicroBatches(CPU, MANY)
     for made in (recipe(), recipe(**change)):
         batches.fit(made, ready(made, splits))
@@ -191,12 +191,12 @@ def test_a_batch_norm_that_learns_needs_two_images(splits):
 
 
 def test_the_estimate_grows_with_images_and_what_learns(splits):
-    base = needed_bytes(recipe(), ready(recipe(), splits), 8)
+    base = needed_bytes(recipe(), ready(recipe(), splits))(8)
     for changes, images in (({}, 16), ({"optimizer": "adamw"}, 8), ({"ema": 0.9}, 8)):
         made = recipe(**changes)
-        assert needed_bytes(made, ready(made, splits), images) > base
+        assert needed_bytes(made, ready(made, splits))(images) > base
     frozen = recipe(freeze="features")
-    assert needed_bytes(frozen, ready(frozen, splits), 8) < base
+    assert needed_bytes(frozen, ready(frozen, splits))(8) < base
 
 
 def test_a_gpu_is_told_what_a_worker_may_take(monkeypatch):
