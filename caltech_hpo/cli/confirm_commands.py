@@ -22,6 +22,7 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
+    as_given,
     goes_on,
     place_of,
     progress_bars,
@@ -142,7 +143,7 @@ def confirmation_table(made: Confirmation) -> Group:
         f"its search value {winner.search_value:.4f} was optimistic by {winner.optimism:+.4f}",
         f"optimism: the search's best, trial {best.trial}, had {best.search_value:.4f} and is confirmed at "
         f"{best.mean:.4f}: {made.optimism:+.4f}",
-        f"next: caltech-hpo final --study {made.study}",
+        f"next: caltech-hpo final --study {made.study}{as_given('--home', '--storage', '--data')}",
     ]
     close = [one.trial for one in made.finalists if one.behind_ci95 and one.behind_ci95[0] <= 0]
     if close:

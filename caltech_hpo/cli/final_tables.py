@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caltech_hpo.cli.display import short_params
+from caltech_hpo.cli.options import as_given
 
 if TYPE_CHECKING:
     from caltech_hpo.results.ledger import FinalResult
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 def final_text(result: FinalResult, choice: str, uses: int, folder: Path) -> str:
     """The outcome of `final` for one seed, in a few lines. `uses` counts the study's test scores."""
     low, high = result.ci95
+    place = as_given("--home", "--storage")
     return "\n".join(
         [
             f"study {result.study}, trial {result.trial} ({choice}): {short_params(result.params)}",
@@ -27,8 +29,8 @@ def final_text(result: FinalResult, choice: str, uses: int, folder: Path) -> str
             + leak_text(result),
             uses_text(uses),
             *([f"model, metrics and plots: {folder}"] if folder.is_dir() else []),
-            f"next: caltech-hpo predict IMAGE --study {result.study}; or look: caltech-hpo report --study "
-            f"{result.study}",
+            f"next: caltech-hpo predict IMAGE --study {result.study}{place}; or look: caltech-hpo report "
+            f"--study {result.study}{place}",
         ]
     )
 

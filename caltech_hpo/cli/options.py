@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,6 +111,16 @@ def this_command() -> str:
     """The command as it was typed; no password stands in it."""
     name = Path(sys.argv[0]).name
     return shlex.join(["caltech-hpo" if name == "__main__.py" else name, *sys.argv[1:]])
+
+
+def as_given(*options: str) -> str:
+    """Those of the options that this command was given, to end a command that may be typed next."""
+    words: list[str] = []
+    for word, following in pairwise([*sys.argv[1:], ""]):
+        name, joined, value = word.partition("=")
+        if name in options:
+            words += [name, value if joined else following]
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from caltech_hpo.cli.options import (
     Storage,
     Study,
     answer,
+    as_given,
     goes_on,
     place_of,
     progress_bars,
@@ -248,7 +249,9 @@ def conclude(request: SearchRequest, place: Place, *, smoke: bool, as_json: bool
     if smoke and finished == request.trials:
         lines.append("smoke run: nothing was kept; the study runs on this machine")
     elif best and not smoke:
+        kept, data = as_given("--home", "--storage"), as_given("--data")
         lines.append(
-            f"next: caltech-hpo confirm --study {request.study}, then final; or look: caltech-hpo dashboard"
+            f"next: caltech-hpo confirm --study {request.study}{kept}{data}, then final; or look: "
+            f"caltech-hpo dashboard{kept}"
         )
     answer(document, as_json, "\n".join(lines))

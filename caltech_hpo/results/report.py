@@ -82,7 +82,7 @@ def make_report(name: str, place: Place) -> Report:
             problem = f"{path}: {error.strerror}"
     return Report(
         study=name,
-        rows=report_rows(spec, records, family),  # whichever repetition of the study took the score
+        rows=report_rows(spec, records, scores),
         best=best.number if best else None,
         finals=finals,
         curves=curves,

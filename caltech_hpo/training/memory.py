@@ -75,11 +75,9 @@ class MicroBatches:
         return self._known[_kind(recipe, prepared)] < before
 
     def _require(self, needed: Callable[[int], int], images: int) -> None:
-        if needed(images) > self._limit:
-            raise torch.OutOfMemoryError(
-                f"{images} images at a time need about {size(needed(images))}, and {size(self._limit)} may "
-                f"be used"
-            )
+        if (asked := needed(images)) > self._limit:
+            some = "1 image at a time needs" if images == 1 else f"{images} images at a time need"
+            raise torch.OutOfMemoryError(f"{some} about {size(asked)}, and {size(self._limit)} may be used")
 
     def _train_once(self, recipe: Recipe, prepared: Prepared, images: int) -> None:
         """A step's memory, taken and given back: held arrays stand for batches and optimizer state."""

@@ -18,7 +18,9 @@ from caltech_hpo.training.sources import FeatureSource
 # A batch, the one before it, and what augmentation makes on the way.
 BATCHES_ALIVE = 4
 # What counting misses on a CPU: what is made and freed on the way, gaps in the kept memory, and libraries'
-# scratch (bytes at most, and at most as much as a model and its step; a head alone has none).
+# scratch (bytes at most, and at most as much as a model and its step; a head alone has none). 24 kinds of
+# training of five architectures (1 to 256 images at a time, bf16 and fp32), each scored and saved thrice,
+# took 0.38 to 0.97 of the estimate.
 MARGIN, SCRATCH = 1.8, 1 << 28
 # What frozen layers take while they run, as a multiple of what the largest of them takes and gives.
 PASSING = 1.5

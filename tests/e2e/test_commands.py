@@ -46,8 +46,12 @@ def test_the_same_command_again_does_nothing(searched):
     done = here("search", "--study", "demo", "--data", "images", "--trials", 2, "--json", cwd=folder)
     assert json.loads(done.stdout) == document
     assert "nothing to do" in done.stderr
-    fewer = here("search", "--study", "demo", "--data", "images", "--trials", 1, cwd=folder)
+    home = f"--home={folder / 'storage'}"
+    fewer = here("search", "--study", "demo", home, "--data", "images", "--trials", 1, cwd=folder)
     assert "2 trials finished (asked: 1): " in fewer.stdout and fewer.returncode == 0
+    place = f"--home {folder / 'storage'}"  # what is to be typed next looks there too
+    assert f"confirm --study demo {place} --data images, then final; " in fewer.stdout
+    assert fewer.stdout.endswith(f"caltech-hpo dashboard {place}\n")
 
 
 def test_a_plan_of_what_is_there_times_nothing(searched):

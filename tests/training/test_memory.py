@@ -172,7 +172,7 @@ def test_another_kind_is_looked_at_again(splits, change, monkeypatch):
 
 def test_too_little_for_one_image_says_what_is_needed(splits):
     made = recipe()
-    with pytest.raises(torch.OutOfMemoryError, match=r"1 images at a time need about .* MiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"1 image at a time needs about .* MiB"):
         MicroBatches(CPU, 1 << 20).fit(made, ready(made, splits))
 
 
