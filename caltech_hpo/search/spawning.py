@@ -22,6 +22,7 @@ from caltech_hpo.search.messages import WorkerConfig
 GLIBC_TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
 )
+HELD_BACK = (signal.SIGINT, signal.SIGTERM)  # while a process starts
 Target = Callable[[Connection, Any], None]
 Early = list[tuple[SpawnProcess, Connection]]
 
@@ -85,7 +86,7 @@ def run_worker(connection: Connection, config: WorkerConfig | None) -> None:
 def worker_environment(*, tuned: bool = True) -> Iterator[None]:
     """What a child inherits: Ctrl-C blocked from its first instant, and if `tuned` the allocator settings.
 
-    One that comes meanwhile reaches this process when it has started the child.
+    One that comes meanwhile, or a SIGTERM, reaches this process when it has started the child.
     """
     resource_tracker.ensure_running()  # which would unblock it
     with _interrupted_later():
@@ -103,15 +104,16 @@ def worker_environment(*, tuned: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Holds Ctrl-C back until the end, also one that reaches another thread than this (of a library's)."""
+    """Holds Ctrl-C and SIGTERM back until the end, also those that reach another thread (of a library's)."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only that one can be interrupted
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in HELD_BACK}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for got in came:
+            signal.raise_signal(got)

@@ -167,17 +167,18 @@ def test_no_free_worker_times_no_steps():
     assert time_kinds(lost, [], 1.0, None).times == ()
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-def test_an_interrupt_while_a_process_starts_comes_afterwards(threads):
+@pytest.mark.parametrize(("threads", "number"), [(0, "SIGINT"), (1, "SIGINT"), (0, "SIGTERM")])
+def test_an_interrupt_while_a_process_starts_comes_afterwards(threads, number):
     """And never to the process that is started. A library's thread may be what the system interrupts."""
     code = (
         "import os, signal, subprocess, sys, threading, time\n"
         f"for _ in range({threads}):\n"
         "    threading.Thread(target=time.sleep, args=(2,), daemon=True).start()\n"
         "from caltech_hpo.search.spawning import worker_environment\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n"
         "    with worker_environment():\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        os.kill(os.getpid(), signal.{number})\n"
         "        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "        child.send_signal(signal.SIGINT)\n"
         "        time.sleep(0.5)\n"
