@@ -107,7 +107,9 @@ class SearchView:
             row = _Row(event.number, event.params, event.epochs, event.baseline, done=event.done)
             row.told -= EPOCH_EVERY  # where in its epoch it goes on is news
             self._rows[event.number] = row
-            self._line(f"trial {event.number} goes on: {event.done} of {event.epochs} epochs were recorded")
+            lost = ": its worker died; it" if event.lost else ""
+            done = f"{event.done} of {event.epochs} epochs were recorded"
+            self._line(f"trial {event.number}{lost} goes on: {done}")
         elif isinstance(event, events.TrialPaused):
             late = "" if event.saved else ", too slow to be saved: it goes on from its last checkpoint"
             self._rows[event.number].state = f"paused{late}"

@@ -6,10 +6,12 @@ Searches start processes: a script needs `if __name__ == "__main__":` around the
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caltech_hpo.errors import UsageError
 from caltech_hpo.results.confirm import confirmed, open_confirm, run_confirm
 from caltech_hpo.results.confirm_events import ConfirmEvent
 from caltech_hpo.results.ledger import FinalResult
@@ -45,12 +47,14 @@ class SearchResult(Frozen):
 
 
 def load_study(study: FolderLike) -> StudySpec:
-    """The declaration of a study: by its name, or a TOML file's by its path.
+    """The declaration of a study: by its name (NAME@2 is its second search), or a TOML file's by its path.
 
     Raises UsageError for an unknown name, SpecError for a faulty file.
     """
     path = Path(study)
-    return read_study(path) if path.suffix == ".toml" else load_study_file(str(study))
+    if path.suffix == ".toml":
+        return read_study(path)
+    return load_study_file(str(study)).model_copy(update={"name": str(study)})
 
 
 def search(
@@ -67,6 +71,7 @@ def search(
     once it is in the database; what it raises ends the search, which the next call goes on with. Raises
     CaltechHpoError.
     """
+    _require(trials=trials, workers=workers, timeout_minutes=timeout_minutes, memory_gib=memory_gib)
     spec = load_study(study) if isinstance(study, str) else study
     place = _place(home, storage, data)
     request = SearchRequest(
@@ -92,6 +97,7 @@ def confirm(
 
     Memory is as in `search`. Raises CaltechHpoError.
     """
+    _require(finalists=finalists, seeds=seeds, workers=workers, memory_gib=memory_gib)
     name, place = _name(study), _place(home, storage, data)
     with open_confirm(name, place, finalists=finalists, seeds=seeds, say=say) as plan:
         events = run_confirm(
@@ -120,6 +126,7 @@ def final(
     Memory is as in `search`.
     Raises CaltechHpoError, also where another configuration was scored before and `again` gives no reason.
     """
+    _require(seeds=seeds, workers=workers, memory_gib=memory_gib)
     place = _place(home, storage, data)
     plans = plan_finals(_name(study), place, fit_on=fit_on, seeds=seeds, trial=trial, again=again, say=say)
     events = run_finals(
@@ -145,6 +152,7 @@ def predict(
 
     A file that cannot be read has its `problem`. Raises CaltechHpoError.
     """
+    _require(top=top)
     several = [images] if isinstance(images, (str, Path)) else list(images)
     name = None if study is None else _name(study)
     chosen = find_model(name, _place(home, storage, None), None if model is None else Path(model))
@@ -153,8 +161,17 @@ def predict(
     )
 
 
+def _require(**given: float | None) -> None:
+    """Refuses what is no number above 0. Raises UsageError."""
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, numbers.Real) and value > 0):
+            raise UsageError(f"{name}: {value!r}", "give a number above 0")
+
+
 def _name(study: StudySpec | str) -> str:
-    return study if isinstance(study, str) else study.name
+    if isinstance(study, str):
+        return load_study(study).name if study.endswith(".toml") else study
+    return study.name
 
 
 def _place(home: FolderLike, storage: str | None, data: FolderLike | None) -> Place:

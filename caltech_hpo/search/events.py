@@ -66,13 +66,14 @@ class Requeued:
 @dataclass(frozen=True)
 class TrialResumed:
     """A trial goes on from its checkpoint (or from its start, where it has none): after its worker died, or
-    after an earlier search left it. `done` of its `epochs` are in the database."""
+    after an earlier search left it. `done` of its `epochs` are in the database; `lost`: its worker died."""
 
     number: int
     params: dict[str, Any]
     epochs: int
     done: int
     baseline: str
+    lost: bool = False
 
 
 @dataclass(frozen=True)

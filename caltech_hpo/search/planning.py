@@ -9,6 +9,7 @@ from typing import Any
 
 from caltech_hpo.data.cache import Progress
 from caltech_hpo.data.loading import SearchData, described, load_search_data, split_sizes
+from caltech_hpo.errors import CaltechHpoError
 from caltech_hpo.search.costs import Costs
 from caltech_hpo.search.executors import Executor
 from caltech_hpo.search.forecast import Forecast, Forecaster
@@ -65,7 +66,7 @@ def make_plan(
     from caltech_hpo.search.storage import find_study, open_existing
 
     spec = resolve_spec(request)
-    say(f"study {spec.name}: opening it and its images")
+    say(f"study {request.study}: opening it and its images")
     stored = find_study(open_existing(place.storage), request.study)
     records = trial_records(stored) if stored is not None else []
     finished = finished_count(records)
@@ -114,7 +115,6 @@ def _measured(
 
     Also its device, and in how many seconds it was ready.
     """
-    from caltech_hpo.errors import CaltechHpoError
     from caltech_hpo.search.run import open_executor
     from caltech_hpo.search.space import most_demanding
 
@@ -128,12 +128,16 @@ def _measured(
         recipes = [recipe_for(spec, params, binding) for params in examples]
         measured = time_kinds(executor, recipes, PLAN_SECONDS, progress)
     if not measured.times:
-        raise CaltechHpoError(
-            f"study '{request.study}': no step of it could be timed: {measured.problem}",
-            "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
-            f"caltech-hpo search --study {request.study} --smoke",
-        )
+        raise _no_step(request.study, measured)
     return measured, device, start
+
+
+def _no_step(study: str, measured: Measured) -> CaltechHpoError:
+    return CaltechHpoError(
+        f"study '{study}': no step of it could be timed: {measured.problem}",
+        "for lack of memory use fewer --workers, more --memory, or a smaller crop; else look: "
+        f"caltech-hpo search --study {study} --smoke",
+    )
 
 
 def _search_seconds(device: str) -> float:
@@ -180,7 +184,10 @@ def forecaster_for(
         on_gpu = device.startswith("cuda")
         if on_gpu:
             warm_up(executor, recipes, progress)
-        times = time_kinds(executor, recipes, _search_seconds(device), progress).times
+        measured = time_kinds(executor, recipes, _search_seconds(device), progress)
+        if measured.elapsed and not measured.times:  # no kind found memory: three trials would fail for it
+            raise _no_step(request.study, measured)
+        times = measured.times
         if on_gpu:  # the steps were timed while its other workers waited
             times = tuple(one.times(sharing(workers, request.cluster)) for one in times)
         costs = Costs(times, costs.images)

@@ -100,7 +100,7 @@ def open_search(
     spec = resolve_spec(request)
     for warning in warnings_of(spec):
         say(f"warning: {warning}")
-    say(f"study {spec.name}: opening it and its images")
+    say(f"study {request.study}: opening it and its images")
     # While Optuna is imported and the images are looked at. More than there are cores to import would keep a
     # refusal waiting.
     soon = min(request.workers, request.trials, usable_cores()) if request.cluster is None else 0

@@ -234,7 +234,7 @@ class Supervisor:
             return TrialPaused(number)
         self._executor.submit(self._files.job(running))
         done = len(running.results)
-        return TrialResumed(number, running.trial.params, running.recipe.epochs, done, running.baseline)
+        return TrialResumed(number, running.trial.params, running.recipe.epochs, done, running.baseline, True)
 
     def _failed(self, running: Running, event: Failed) -> SearchEvent:
         """Out of memory ends the trial; a bug or a refusal ends the search."""

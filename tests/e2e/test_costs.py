@@ -30,13 +30,13 @@ def test_a_plan(folder):
     assert found["disk"]["checkpoints"] == pytest.approx(9 * found["disk"]["weights"], rel=0.05)
 
 
-def test_too_little_memory_ends_trials_with_its_reason_and_the_way_out(folder):
+def test_too_little_memory_for_any_training_is_refused_before_the_first_trial(folder):
     done = here(
         "search", "--study", "demo@small", "--data", "images", "--trials", 2, "--memory", 0.05, cwd=folder
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "out of memory: 2 images at a time need about" in done.stderr and "--memory" in done.stderr
-    assert "51 MiB may be used" in done.stderr
+    assert "could be timed: 2 images at a time need about" in done.stderr and "--memory" in done.stderr
+    assert "51 MiB may be used" in done.stderr and "trial 0" not in done.stderr
 
 
 def test_a_plan_keeps_to_the_memory_that_the_search_would_have(folder):

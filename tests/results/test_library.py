@@ -44,7 +44,7 @@ def test_from_a_study_file_to_a_prediction(tmp_path):
     (score,) = caltech_hpo.final(spec, data=images, device="cpu", on_epoch=epochs.append, **place)
     assert score.val_accuracy == done.best.value and len(epochs) == done.best.recipe.epochs
     assert caltech_hpo.final(spec, data=images, **place) == [score]
-    late = caltech_hpo.search(spec, trials=3, data=images, device="cpu", timeout_minutes=0.0, **place)
+    late = caltech_hpo.search(spec, trials=3, data=images, device="cpu", timeout_minutes=1e-9, **place)
     assert late == done  # no trial began
     with pytest.raises(CaltechHpoError, match=r"need about .*, and 10 MiB may be used"):
         caltech_hpo.search(spec, trials=3, data=images, device="cpu", memory_gib=0.01, **place)
@@ -56,8 +56,13 @@ def test_names_and_mistakes(tmp_path):
         caltech_hpo.search("dem", trials=1, home=tmp_path)
     with pytest.raises(UsageError):
         caltech_hpo.confirm("demo", home=tmp_path)
-    with pytest.raises(UsageError, match="workers: 0"):
-        caltech_hpo.search("demo", trials=1, workers=0, home=tmp_path)
+    assert caltech_hpo.load_study("demo@2").name == "demo@2"  # which has trials and scores of its own
+    for wrong in ({"workers": 0}, {"trials": 0}, {"memory_gib": -1}, {"timeout_minutes": float("nan")}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(UsageError, match=f"{name}: {value}"):
+            caltech_hpo.search("demo", **{"trials": 1, "home": tmp_path, **wrong})
+    with pytest.raises(UsageError, match="seeds: 0"):
+        caltech_hpo.final("demo", seeds=0, home=tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         caltech_hpo.tune  # noqa: B018
     assert "memory_gib" in inspect.signature(caltech_hpo.search).parameters
