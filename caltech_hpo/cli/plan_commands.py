@@ -78,8 +78,6 @@ def plan(
 
 def forecast_line(found: Forecast) -> str:
     """ "34 trials in about 2 h 10 min (80%: 95 min to 2 h 40 min), half of them pruned"."""
-    if not found.trials:
-        return "no trials to come: there are as many finished already"
     trials = f"{found.history} trial{'' if found.history == 1 else 's'}"
     source = f"guessed from {trials} of its own" if found.history else "assumed, there is no history"
     counted = f"{found.trials} trial{'' if found.trials == 1 else 's'}"

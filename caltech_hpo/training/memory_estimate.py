@@ -41,7 +41,7 @@ def saved_bytes(model: nn.Module, inputs: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         model(inputs)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in kept.values() if tensor is not inputs)
+    total = sum(tensor.nbytes for tensor in kept.values() if tensor is not inputs)
     # They know the graph, which knows `pack`, which knows them: nobody would ever free that circle.
     kept.clear()
     return total
